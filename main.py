@@ -4,6 +4,7 @@
     python main.py transfer ID SOURCE TARGET AMOUNT   one transfer, and its result as JSON
     python main.py recover                            finish what is in flight
     python main.py journal                            entries, balances, what is in flight, and whether it all adds up
+    python main.py worker                             finish what a Resonate server hands out, until told to stop
 
 Debit one account, credit another, and if the credit is refused, reverse the debit: a saga, for two writes that share no
 transaction. As usually written it makes money: the credit lands but reports a failure (a timeout, a frozen worker, a
@@ -26,6 +27,7 @@ The ledger decides what happened. What the first forgets or repeats, or does too
 
 import argparse
 import contextlib
+import inspect
 import itertools
 import json
 import logging
@@ -46,7 +48,7 @@ if __name__ == "__main__":  # Ctrl-C is quiet from here on: the next import take
 import resonate.resonate as sdk
 from resonate import Context, Resonate
 from resonate.retry_policies import Never
-from resonate.stores.local import LocalPromiseStore
+from resonate.stores import RemoteStore
 
 # ---- The ledger: what happened ---------------------------------------------------------------------------------------
 
@@ -92,6 +94,8 @@ CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries BEGIN SELECT RAI
 """
 
 WRITES = (sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE)
+
+
 LOCK = threading.RLock()  # steps run on several threads over one connection: none may read back another's row
 
 
@@ -249,20 +253,51 @@ def transfer_money(
 # ---- Running it ------------------------------------------------------------------------------------------------------
 
 
-LOG = logging.getLogger("money-transfer")
+GROUP = "money-transfer"  # its workers get its transfers and nothing else: the SDK ends a worker that gets a stranger's
+LOG = logging.getLogger(GROUP)  # what the SDK says of steps, less the refusals, which the saga reports
 LOG.addFilter(lambda record: not re.search(r"failed with (TransferRejected|OperationConflict)\(", record.getMessage()))
 
 
-def start(db: Ledger, *, remote: bool = False) -> tuple[Resonate, Saga]:
-    """The SDK, started with this ledger, and `transfer_money` registered with it, as `submit` and `recover` take it."""
-    # The SDK makes a logger for every step, which slows it down threefold, and logs an ERROR for every refusal, which is
-    # no error here: the saga reports it. One logger for all steps costs nothing and can be told so.
-    vars(sdk)["ContextLogger"] = lambda *_: LOG
-    resonate = Resonate.remote() if remote else Resonate.local()
+def start(
+    db: Ledger, *, remote: bool = False, group: str = GROUP, workflow: Any = transfer_money
+) -> tuple[Resonate, Saga]:
+    """The SDK, started on this ledger, and the workflow as `submit` and `recover` take it.
+
+    Promises are in memory or, with `remote`, on the server that RESONATE_HOST and so on name. Raises ConnectionError.
+    """
+    vars(sdk)["ContextLogger"] = lambda *_: LOG  # the SDK makes one for every step, which slows it down threefold
+    resonate = Resonate.remote(group=group) if remote else Resonate.local(group=group)
+    if remote:
+        check_server()
+    else:  # the store in memory has a lock, but only one of its threads takes it: let all do so
+        store: Any = resonate._store
+        for part in (store.promises, store.tasks):
+            for name, method in inspect.getmembers(part, inspect.ismethod):
+                setattr(part, name, holding(store._cond)(method))
     resonate.set_dependency("db", db)
-    transfer = resonate.register(transfer_money)
+    transfer = resonate.register(workflow, name="transfer_money").options(target=GROUP)
     resonate.start()
     return resonate, transfer
+
+
+@contextlib.contextmanager
+def holding(lock: Any) -> Generator[None]:
+    """Holds a lock; as a decorator, round each call."""
+    with lock:
+        yield
+
+
+def check_server() -> str:
+    """The address of the Resonate server. Raises ConnectionError, within five seconds, if none answers there."""
+    store = RemoteStore(timeout=2, retry_policy=Never())
+    try:
+        store.promises.get("no-such-promise")
+    except Exception as error:
+        if getattr(error, "code", 0) != 100.404:
+            raise ConnectionError(
+                f"no Resonate server at {store.url} ({error}): start `resonate serve`, version 0.8.2"
+            ) from error
+    return store.url
 
 
 def submit(
@@ -300,7 +335,7 @@ def recover(db: Ledger, transfer: Saga) -> list[Result]:
     What cannot be finished is named on stderr and stays in flight.
     """
     results = []
-    local = isinstance(transfer._resonate.promises, LocalPromiseStore)
+    local = not isinstance(transfer._resonate._store, RemoteStore)
     for batch in itertools.batched(in_flight(db), 200):  # a promise store in memory slows down with all it remembers
         resonate, saga = start(db) if local else (None, transfer)
         for transfer_id, source, target, amount in batch:
@@ -413,6 +448,22 @@ def tour() -> int:
     return 0
 
 
+def worker(db: Ledger) -> int:
+    """Works for GROUP until SIGINT or SIGTERM, and prints what it finishes. Returns the exit status."""
+
+    def announced(*args: Any, **kwargs: Any) -> Generator[Any, Any, Result]:
+        result: Result = yield from transfer_money(*args, **kwargs)
+        print(json.dumps(result), flush=True)
+        return result
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: os._exit(0))
+    start(db, remote=True, workflow=announced)
+    print(f"worker of {GROUP} at {check_server()}, on {CommandLedger.path}", flush=True)
+    while True:
+        signal.pause()
+
+
 class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         sys.exit(failed(f"{message}; see python main.py --help"))
@@ -429,9 +480,11 @@ def main() -> int:
     """Runs a command. Returns the exit status: 0 well, 1 not well (compensated, rejected, in flight), 2 not at all."""
     parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
     commands = parser.add_subparsers(dest="command")
-    for name in ("transfer", "recover", "journal"):
+    for name in ("transfer", "recover", "journal", "worker"):
         command = commands.add_parser(name, allow_abbrev=False)
         command.add_argument("--ledger", metavar="FILE", default="ledger.db", help="default: %(default)s")
+        if name in ("transfer", "recover"):
+            command.add_argument("--server", action="store_true", help="by way of a Resonate server")
     command = commands.choices["transfer"]
     for name in ("id", "source", "target"):
         command.add_argument(name, metavar=name.upper())
@@ -446,7 +499,10 @@ def main() -> int:
         db = open_command_ledger(args.ledger)
         if args.command == "journal":
             return 0 if journal(db) else 1
-        _, transfer = start(db)
+        if args.command == "worker":
+            return worker(db)
+        # A client has a group of its own: in that of the workers it would be handed transfers, and leave.
+        _, transfer = start(db, remote=args.server, group=f"client-{os.urandom(8).hex()}")
         if args.command == "recover":
             for result in recover(db, transfer):
                 print(json.dumps(result), flush=True)
