@@ -34,6 +34,7 @@ import logging
 import os
 import re
 import signal
+import socket
 import sqlite3
 import subprocess
 import sys
@@ -41,13 +42,15 @@ import tempfile
 import threading
 from collections.abc import Generator
 from typing import Any, NoReturn
+from urllib.parse import urlsplit
 
 if __name__ == "__main__":  # Ctrl-C is quiet from here on: the next import takes a moment
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
 
 import resonate.resonate as sdk
 from resonate import Context, Resonate
-from resonate.retry_policies import Never
+from resonate.message_sources import Poller
+from resonate.retry_policies import Constant, Never
 from resonate.stores import RemoteStore
 
 # ---- The ledger: what happened ---------------------------------------------------------------------------------------
@@ -289,13 +292,18 @@ def holding(lock: Any) -> Generator[None]:
 
 def check_server() -> str:
     """The address of the Resonate server. Raises ConnectionError, within five seconds, if none answers there."""
-    store = RemoteStore(timeout=2, retry_policy=Never())
+    store, messages = (
+        RemoteStore(timeout=2, retry_policy=Constant(max_retries=-1)),
+        urlsplit(Poller(GROUP, "check").url),
+    )
     try:
+        socket.create_connection((messages.hostname, messages.port), timeout=2).close()
         store.promises.get("no-such-promise")
     except Exception as error:
-        if getattr(error, "code", 0) != 100.404:
+        if getattr(error, "code", 0) != 100.404:  # the code of a server that has no such promise
+            where = f"{store.url} and port {messages.port}"
             raise ConnectionError(
-                f"no Resonate server at {store.url} ({error}): start `resonate serve`, version 0.8.2"
+                f"no Resonate server at {where} ({error}): start `resonate serve`, version 0.8.2"
             ) from error
     return store.url
 
