@@ -303,7 +303,7 @@ def check_server() -> str:
         if getattr(error, "code", 0) != 100.404:  # the code of a server that has no such promise
             where = f"{store.url} and port {messages.port}"
             raise ConnectionError(
-                f"no Resonate server at {where} ({error}): start `resonate serve`, version 0.8.2"
+                f"no Resonate server at {where} ({error!r:.60}): start `resonate serve`, version 0.8.2"
             ) from error
     return store.url
 
