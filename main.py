@@ -344,8 +344,10 @@ def recover(db: Ledger, transfer: Saga) -> list[Result]:
     """
     results = []
     local = not isinstance(transfer._resonate._store, RemoteStore)
-    for batch in itertools.batched(in_flight(db), 200):  # a promise store in memory slows down with all it remembers
-        resonate, saga = start(db) if local else (None, transfer)
+    for number, batch in enumerate(
+        itertools.batched(in_flight(db), 200)
+    ):  # the store in memory slows down with its size
+        resonate, saga = start(db) if local and number else (None, transfer)
         for transfer_id, source, target, amount in batch:
             try:
                 results.append(submit(saga, transfer_id, source, target, amount))
