@@ -45,7 +45,7 @@ from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 if __name__ == "__main__":  # Ctrl-C is quiet from here on: the next import takes a moment
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import resonate.resonate as sdk
 from resonate import Context, Resonate
@@ -119,6 +119,10 @@ def open_ledger(path: str = ":memory:", factory: type[Ledger] = sqlite3.Connecti
     tables_and_guards = "SELECT sql FROM sqlite_schema"
     try:
         if not (found := set(db.execute(tables_and_guards))):
+            if (
+                os.path.exists(path) and 0 < os.path.getsize(path) < 512
+            ):  # too short for SQLite, which would overwrite it
+                raise sqlite3.DatabaseError("file is not a database")
             db.executescript(f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {SCHEMA} COMMIT")
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
             if found and not found >= set(model.executescript(SCHEMA).execute(tables_and_guards)):
@@ -352,7 +356,7 @@ def recover(db: Ledger, transfer: Saga) -> list[Result]:
             try:
                 results.append(submit(saga, transfer_id, source, target, amount))
             except (ValueError, TransferRejected, OperationConflict) as error:
-                failed(f"{transfer_id} stays in flight: {error}")
+                failed(f"{printable(transfer_id)} stays in flight: {error}")
         if resonate is not None:
             resonate.stop()
             vars(resonate._bridge).clear()
@@ -427,9 +431,8 @@ def journal(db: Ledger, only: str | None = None) -> bool:
 
 def tour() -> int:
     """The story, on a ledger of its own, each scene checked against its claim. Returns the exit status."""
-    with tempfile.TemporaryDirectory() as folder:
-        path = os.path.join(folder, "ledger.db")
-        db = open_command_ledger(path)
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # leaves by way of the folder's clean-up
+    with tempfile.TemporaryDirectory() as folder, contextlib.closing(open_command_ledger(f"{folder}/ledger.db")) as db:
         _, transfer = start(db)
 
         def scene(title: str, result: Result, claim: str) -> None:
@@ -450,7 +453,9 @@ def tour() -> int:
         result = submit(start(db)[1], "t1", "alice", "bob", 3000)
         scene("4. The first again, though the promise store has forgotten it", result, "committed 7000 8000")
         command = ["main.py", "transfer", "t5", "alice", "bob", "10", "--crash-after", "debit"]
-        child = subprocess.run([sys.executable, os.path.abspath(__file__), *command[1:], "--ledger", path], check=False)
+        child = subprocess.run(
+            [sys.executable, os.path.abspath(__file__), *command[1:], "--ledger", CommandLedger.path], check=False
+        )
         result = {"transfer_id": "t5", "status": signal.strsignal(-child.returncode)}
         scene(f"5. python {' '.join(command)}", result, "Killed 6000 8000")
         (result,) = recover(db, transfer)
@@ -506,22 +511,22 @@ def main() -> int:
         args = parser.parse_args()
         if args.command is None:
             return tour()
-        db = open_command_ledger(args.ledger)
-        if args.command == "journal":
-            return 0 if journal(db) else 1
-        if args.command == "worker":
-            return worker(db)
-        # A client has a group of its own: in that of the workers it would be handed transfers, and leave.
-        _, transfer = start(db, remote=args.server, group=f"client-{os.urandom(8).hex()}")
-        if args.command == "recover":
-            for result in recover(db, transfer):
-                print(json.dumps(result), flush=True)
-            return 1 if in_flight(db) else 0
-        CommandLedger.crash_after = args.crash_after
-        request = (args.id, args.source, args.target, args.amount)
-        result = submit(transfer, *request, simulate_credit_failure=args.fail_credit)
-        print(json.dumps(result), flush=True)
-        return 0 if result["status"] == "committed" else 1
+        with contextlib.closing(open_command_ledger(args.ledger)) as db:
+            if args.command == "journal":
+                return 0 if journal(db) else 1
+            if args.command == "worker":
+                return worker(db)
+            # A client has a group of its own: in that of the workers it would be handed transfers, and leave.
+            _, transfer = start(db, remote=args.server, group=f"client-{os.urandom(8).hex()}")
+            if args.command == "recover":
+                for result in recover(db, transfer):
+                    print(json.dumps(result), flush=True)
+                return 1 if in_flight(db) else 0
+            CommandLedger.crash_after = args.crash_after
+            request = (args.id, args.source, args.target, args.amount)
+            result = submit(transfer, *request, simulate_credit_failure=args.fail_credit)
+            print(json.dumps(result), flush=True)
+            return 0 if result["status"] == "committed" else 1
     except OSError as error:  # nobody reads stdout (as in `| head`) or it is full: do not try again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2 if isinstance(error, BrokenPipeError) else failed(error)
