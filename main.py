@@ -123,10 +123,14 @@ def open_ledger(path: str = ":memory:", factory: type[Ledger] = sqlite3.Connecti
                 os.path.exists(path) and 0 < os.path.getsize(path) < 512
             ):  # too short for SQLite, which would overwrite it
                 raise sqlite3.DatabaseError("file is not a database")
-            db.executescript(f"PRAGMA journal_mode = WAL; BEGIN IMMEDIATE; {SCHEMA} COMMIT")
+            db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT")
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
             if found and not found >= set(model.executescript(SCHEMA).execute(tables_and_guards)):
                 raise sqlite3.DatabaseError("not a ledger of this program, or without one of its guards")
+        with contextlib.suppress(
+            sqlite3.OperationalError
+        ):  # locked: another process is at it, or the next open will be
+            db.execute("PRAGMA journal_mode = WAL")
         # Without recursive_triggers, INSERT OR REPLACE would delete an entry past no_delete.
         db.executescript("PRAGMA synchronous = FULL; PRAGMA recursive_triggers = ON")
         # A balance moves by an entry: no statement writes to accounts, only a trigger does.
