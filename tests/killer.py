@@ -19,10 +19,10 @@ from typing import Any
 
 import main
 
-REQUESTS: dict[str, tuple[str, str, int, bool]] = {
-    "commit": ("alice", "bob", 3000, False),
-    "compensate": ("alice", "bob", 3000, True),
-    "reject": ("alice", "bob", 300000, False),
+REQUESTS: dict[str, tuple[str, str, int]] = {
+    "commit": ("alice", "bob", 3000),
+    "compensate": ("alice", "nobody", 3000),
+    "reject": ("alice", "bob", 300000),
 }
 
 
@@ -62,13 +62,13 @@ def child(work: Callable[[], Any], kill_at: int | None = None) -> tuple[bool, An
     return False, answer, seen
 
 
-def transfer(folder: str, request: tuple[str, str, int, bool]) -> Any:
+def transfer(folder: str, request: tuple[str, str, int]) -> Any:
     """What `python main.py transfer` does."""
     _, saga = main.start(main.open_command_ledger(f"{folder}/ledger.db"))
-    return main.submit(saga, "t1", *request[:3], simulate_credit_failure=request[3])
+    return main.submit(saga, "t1", *request)
 
 
-def recover(folder: str, request: tuple[str, str, int, bool]) -> Any:
+def recover(folder: str, request: tuple[str, str, int]) -> Any:
     """What `python main.py recover` does, and then the same id again with a promise store that knows of neither."""
     db = main.open_command_ledger(f"{folder}/ledger.db")
     results = main.recover(db, main.start(db)[1])
