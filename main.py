@@ -27,6 +27,7 @@ The ledger decides what happened. What the first forgets or repeats, or does too
 
 import argparse
 import contextlib
+import functools
 import inspect
 import itertools
 import json
@@ -96,10 +97,9 @@ CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries BEGIN SELECT RAI
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'entries are final'); END;
 """
 
+# Steps run on several threads over one connection: under this lock, none reads back the row of another.
+LOCK = threading.RLock()
 WRITES = (sqlite3.SQLITE_INSERT, sqlite3.SQLITE_UPDATE, sqlite3.SQLITE_DELETE)
-
-
-LOCK = threading.RLock()  # steps run on several threads over one connection: none may read back another's row
 
 
 class OperationConflict(Exception):
@@ -116,27 +116,21 @@ def open_ledger(path: str = ":memory:", factory: type[Ledger] = sqlite3.Connecti
     A commit survives power loss: WAL with synchronous = FULL (https://sqlite.org/pragma.html#pragma_synchronous).
     """
     db = sqlite3.connect(path, timeout=5, check_same_thread=False, autocommit=True, factory=factory)
-    tables_and_guards = "SELECT sql FROM sqlite_schema"
     try:
-        if not (found := set(db.execute(tables_and_guards))):
-            if (
-                os.path.exists(path) and 0 < os.path.getsize(path) < 512
-            ):  # too short for SQLite, which would overwrite it
-                raise sqlite3.DatabaseError("file is not a database")
+        schema = "SELECT sql FROM sqlite_schema"
+        if not (found := set(db.execute(schema))):
+            if os.path.exists(path) and 0 < os.path.getsize(path) < 512:
+                raise sqlite3.DatabaseError("file is not a database")  # so short a file, SQLite would overwrite
             db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT")
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
-            if found and not found >= set(model.executescript(SCHEMA).execute(tables_and_guards)):
+            if found and not found >= set(model.executescript(SCHEMA).execute(schema)):
                 raise sqlite3.DatabaseError("not a ledger of this program, or without one of its guards")
-        with contextlib.suppress(
-            sqlite3.OperationalError
-        ):  # locked: another process is at it, or the next open will be
+        with contextlib.suppress(sqlite3.OperationalError):  # if another process is at it, the next open will do
             db.execute("PRAGMA journal_mode = WAL")
         # Without recursive_triggers, INSERT OR REPLACE would delete an entry past no_delete.
         db.executescript("PRAGMA synchronous = FULL; PRAGMA recursive_triggers = ON")
-        # A balance moves by an entry: no statement writes to accounts, only a trigger does.
-        db.set_authorizer(
-            lambda act, table, _col, _db, trigger: int(table == "accounts" and act in WRITES and not trigger)
-        )
+        # A balance moves by an entry: no statement writes to accounts unless a trigger makes it.
+        db.set_authorizer(lambda act, table, _, __, trigger: int(table == "accounts" and act in WRITES and not trigger))
     except BaseException:
         db.close()
         raise
@@ -263,56 +257,48 @@ def transfer_money(
 
 # ---- Running it ------------------------------------------------------------------------------------------------------
 
-
-GROUP = "money-transfer"  # its workers get its transfers and nothing else: the SDK ends a worker that gets a stranger's
-LOG = logging.getLogger(GROUP)  # what the SDK says of steps, less the refusals, which the saga reports
+GROUP = "money-transfer"  # whose workers get our transfers, and nothing else: a stranger's task would end them
+LOG = logging.getLogger(GROUP)  # what the SDK says of steps, less the refusals: the saga answers for those
 LOG.addFilter(lambda record: not re.search(r"failed with (TransferRejected|OperationConflict)\(", record.getMessage()))
 
 
-def start(
-    db: Ledger, *, remote: bool = False, group: str = GROUP, workflow: Any = transfer_money
-) -> tuple[Resonate, Saga]:
-    """The SDK, started on this ledger, and the workflow as `submit` and `recover` take it.
+def start(db: Ledger, *, remote: bool = False, group: str = GROUP, workflow: Any = None) -> tuple[Resonate, Saga]:
+    """The SDK, started on this ledger, and `transfer_money` (or `workflow`) as `submit` and `recover` take it.
 
     Promises are in memory or, with `remote`, on the server that RESONATE_HOST and so on name. Raises ConnectionError.
     """
-    vars(sdk)["ContextLogger"] = lambda *_: LOG  # the SDK makes one for every step, which slows it down threefold
-    resonate = Resonate.remote(group=group) if remote else Resonate.local(group=group)
+    vars(sdk)["ContextLogger"] = lambda *_: LOG  # the SDK would make one for each step, and slow down threefold
     if remote:
         check_server()
-    else:  # the store in memory has a lock, but only one of its threads takes it: let all do so
-        store: Any = resonate._store
-        for part in (store.promises, store.tasks):
-            for name, method in inspect.getmembers(part, inspect.ismethod):
-                setattr(part, name, holding(store._cond)(method))
+    resonate = Resonate.remote(group=group) if remote else Resonate.local(group=group)
+    store: Any = resonate._store
+    for part in () if remote else (store.promises, store.tasks):
+        # Its threads share this store, and only one takes its lock: at hundreds of transfers at once the process died.
+        for name, method in inspect.getmembers(part, inspect.ismethod):
+            setattr(part, name, functools.partial(call_alone, store._cond, method))
     resonate.set_dependency("db", db)
-    transfer = resonate.register(workflow, name="transfer_money").options(target=GROUP)
+    transfer = resonate.register(workflow or transfer_money, name="transfer_money").options(target=GROUP)
     resonate.start()
     return resonate, transfer
 
 
-@contextlib.contextmanager
-def holding(lock: Any) -> Generator[None]:
-    """Holds a lock; as a decorator, round each call."""
+def call_alone(lock: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
+    """What the method returns. While it runs, no other thread has the lock."""
     with lock:
-        yield
+        return method(*args, **kwargs)
 
 
 def check_server() -> str:
     """The address of the Resonate server. Raises ConnectionError, within five seconds, if none answers there."""
-    store, messages = (
-        RemoteStore(timeout=2, retry_policy=Constant(max_retries=-1)),
-        urlsplit(Poller(GROUP, "check").url),
-    )
+    store = RemoteStore(timeout=2, retry_policy=Constant(max_retries=-1))
+    messages = urlsplit(Poller(GROUP, "check").url)
     try:
         socket.create_connection((messages.hostname, messages.port), timeout=2).close()
         store.promises.get("no-such-promise")
     except Exception as error:
-        if getattr(error, "code", 0) != 100.404:  # the code of a server that has no such promise
-            where = f"{store.url} and port {messages.port}"
-            raise ConnectionError(
-                f"no Resonate server at {where} ({error!r:.60}): start `resonate serve`, version 0.8.2"
-            ) from error
+        if getattr(error, "code", 0) != 100.404:  # what a Resonate server says of such a promise
+            problem = f"no Resonate server at {store.url} and port {messages.port} ({error!r:.60})"
+            raise ConnectionError(f"{problem}: start `resonate serve`, version 0.8.2") from error
     return store.url
 
 
@@ -350,12 +336,10 @@ def recover(db: Ledger, transfer: Saga) -> list[Result]:
 
     What cannot be finished is named on stderr and stays in flight.
     """
-    results = []
-    local = not isinstance(transfer._resonate._store, RemoteStore)
-    for number, batch in enumerate(
-        itertools.batched(in_flight(db), 200)
-    ):  # the store in memory slows down with its size
-        resonate, saga = start(db) if local and number else (None, transfer)
+    results, in_memory = [], not isinstance(transfer._resonate._store, RemoteStore)
+    for number, batch in enumerate(itertools.batched(in_flight(db), 200)):
+        # A promise store in memory slows down with all that it remembers: each batch gets another one.
+        resonate, saga = start(db) if in_memory and number else (None, transfer)
         for transfer_id, source, target, amount in batch:
             try:
                 results.append(submit(saga, transfer_id, source, target, amount))
@@ -363,7 +347,7 @@ def recover(db: Ledger, transfer: Saga) -> list[Result]:
                 failed(f"{printable(transfer_id)} stays in flight: {error}")
         if resonate is not None:
             resonate.stop()
-            vars(resonate._bridge).clear()
+            vars(resonate._bridge).clear()  # a thread of it never ends, and would keep it all
     return results
 
 
