@@ -50,6 +50,7 @@ if __name__ == "__main__":  # Ctrl-C is quiet from here on: the next import take
 
 import resonate.resonate as sdk
 from resonate import Context, Resonate
+from resonate.errors.errors import ResonateError
 from resonate.message_sources import Poller
 from resonate.retry_policies import Constant, Never
 from resonate.stores import RemoteStore
@@ -433,18 +434,14 @@ def tour() -> int:
         result = submit(transfer, "t1", "alice", "bob", 3000)
         scene("1. alice pays bob 30.00", result, "committed 7000 8000")
         result = submit(transfer, "t2", "alice", "bob", 2000, simulate_credit_failure=True)
-        scene(
-            "2. A credit is refused: first it is made void, then the debit is reversed", result, "compensated 7000 8000"
-        )
+        scene("2. The credit is refused: it is made void, then the debit reversed", result, "compensated 7000 8000")
         result = submit(transfer, "t3", "alice", "bob", 50000)
         scene("3. alice has no 500.00: the debit is made void", result, "rejected 7000 8000")
         result = submit(start(db)[1], "t1", "alice", "bob", 3000)
         scene("4. The first again, though the promise store has forgotten it", result, "committed 7000 8000")
         command = ["main.py", "transfer", "t5", "alice", "bob", "10", "--crash-after", "debit"]
-        child = subprocess.run(
-            [sys.executable, os.path.abspath(__file__), *command[1:], "--ledger", CommandLedger.path], check=False
-        )
-        result = {"transfer_id": "t5", "status": signal.strsignal(-child.returncode)}
+        real = [sys.executable, os.path.abspath(__file__), *command[1:], "--ledger", CommandLedger.path]
+        result = {"transfer_id": "t5", "status": signal.strsignal(-subprocess.run(real, check=False).returncode)}
         scene(f"5. python {' '.join(command)}", result, "Killed 6000 8000")
         (result,) = recover(db, transfer)
         scene("6. python main.py recover, which needs the ledger alone", result, "committed 6000 9000")
@@ -518,7 +515,7 @@ def main() -> int:
     except OSError as error:  # nobody reads stdout (as in `| head`) or it is full: do not try again at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 2 if isinstance(error, BrokenPipeError) else failed(error)
-    except (ValueError, sqlite3.Error, TransferRejected, OperationConflict) as error:
+    except (ValueError, sqlite3.Error, ResonateError, TransferRejected, OperationConflict) as error:
         return failed(error)
 
 
