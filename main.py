@@ -50,7 +50,7 @@ if __name__ == "__main__":  # Ctrl-C is quiet from here on: the next import take
 
 import resonate.resonate as sdk
 from resonate import Context, Resonate
-from resonate.errors.errors import ResonateError
+from resonate.errors import ResonateError
 from resonate.message_sources import Poller
 from resonate.retry_policies import Constant, Never
 from resonate.stores import RemoteStore

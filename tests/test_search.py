@@ -233,14 +233,11 @@ class World:
         return len(came), None, []
 
 
-@pytest.mark.parametrize(
-    ("world", "states"),
-    [
-        pytest.param({}, 19234, id="a source that can pay"),
-        pytest.param({"poor": True}, 166964, id="a source too poor at first, funded midway"),
-        pytest.param({"target": "nobody"}, 49320, id="a target that does not exist"),
-    ],
-)
+# Said in the README, too: a source that can pay, one too poor at first and funded midway, a target that does not exist.
+STATES = (19234, 166964, 49320)
+
+
+@pytest.mark.parametrize(("world", "states"), zip(({}, {"poor": True}, {"target": "nobody"}), STATES, strict=True))
 def test_no_schedule_loses_makes_or_strands_money(world: dict[str, Any], states: int) -> None:
     assert World(main.transfer_money, **world).search() == (states, None, [])
 

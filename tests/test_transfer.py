@@ -267,12 +267,11 @@ def test_hundreds_at_once_over_shared_accounts(db: sqlite3.Connection, transfer:
     with ThreadPoolExecutor(300) as pool:
         results = list(pool.map(one, range(300)))
     assert main.in_flight(db) == []
-    told_and_true(db, results)
+    told_and_true(entries(db), results)
 
 
-def told_and_true(db: sqlite3.Connection, results: list[dict[str, Any]]) -> None:
-    """Each result is true of the entries."""
-    rows = entries(db)
+def told_and_true(rows: dict[str, tuple[Any, ...]], results: list[dict[str, Any]]) -> None:
+    """Each result is true of the entries, and each entry is told of by a result."""
     for result in results:
         name, source, target, amount = (result[key] for key in ("transfer_id", "source", "target", "amount"))
         debit, credit, reversal = (rows.pop(f"{name}-{kind}", None) for kind in ("debit", "credit", "reversal"))
@@ -385,3 +384,33 @@ def test_the_model_is_not_the_only_witness(db: sqlite3.Connection, engine: Calla
     with pytest.raises(AssertionError):
         check(db)
     db.execute("UPDATE accounts SET balance = balance - 1 WHERE account = 'bob'")
+
+
+ANYTHING = st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=70) | st.binary(max_size=5)
+NAMES = st.text(st.characters(exclude_categories=[]), max_size=70) | st.sampled_from(
+    ["alice", "bob", "--", "a.1", "\x00"]
+)
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    name=NAMES | ANYTHING | st.from_regex("[A-Za-z0-9_-]{1,64}", fullmatch=True),
+    source=st.just("alice") | NAMES | ANYTHING,
+    target=st.just("bob") | NAMES | ANYTHING,
+    amount=st.integers(1, 300) | ANYTHING,
+)
+def test_whatever_is_submitted_is_refused_clearly_or_is_a_correct_transfer(
+    db: sqlite3.Connection, transfer: Any, name: Any, source: Any, target: Any, amount: Any
+) -> None:
+    before = entries(db)
+    try:
+        result = submit(transfer, name, source, target, amount)
+    except ValueError as error:
+        assert str(error).isprintable()
+        assert entries(db) == before
+    except OperationConflict:
+        assert f"{name}-debit" in before
+    else:
+        assert [result[key] for key in ("transfer_id", "source", "target", "amount")] == [name, source, target, amount]
+        told_and_true({op_id: row for op_id, row in entries(db).items() if op_id.rpartition("-")[0] == name}, [result])
+    check(db)
