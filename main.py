@@ -72,11 +72,11 @@ CREATE TABLE IF NOT EXISTS entries (
   transfer_id  TEXT, -- NULL for an opening
   account      TEXT NOT NULL,
   counterparty TEXT,
-  amount       ANY NOT NULL CHECK (typeof(amount) = 'integer'), -- cents; as INTEGER, STRICT would let 30.0 in
-  kind         TEXT NOT NULL,
+  amount       ANY CHECK (typeof(amount) = 'integer'), -- cents; as INTEGER, STRICT would let 30.0 in
+  kind         TEXT,
   reason       TEXT CHECK ((reason IS NOT NULL) = (kind = 'void')),
   CONSTRAINT "op id, kind and amount agree" CHECK (CASE kind
-    WHEN 'opening'  THEN amount >= 0 AND op_id = account || '-opening' AND transfer_id IS NULL
+    WHEN 'opening'  THEN op_id = account || '-opening' AND transfer_id IS NULL
     WHEN 'debit'    THEN amount < 0 AND op_id = transfer_id || '-debit'
     WHEN 'credit'   THEN amount > 0 AND op_id = transfer_id || '-credit'
     WHEN 'reversal' THEN amount > 0 AND op_id = transfer_id || '-reversal'

@@ -80,6 +80,8 @@ ROWS = {
     "a void with an amount": ("t2-credit", "t2", "bob", "alice", 100, "void", "no"),
     "a void with no reason": ("t2-credit", "t2", "bob", "alice", 0, "void", None),
     "a void of a reversal, which would strand the money": ("t2-reversal", "t2", "alice", "bob", 0, "void", "no"),
+    "a void with no account": ("x-debit", "x", None, "bob", 0, "void", "no"),
+    "a void with no transfer id": ("x-debit", None, "alice", "bob", 0, "void", "no"),
     "a void of an opening": ("carol-opening", None, "carol", None, 0, "void", "no"),
     "an entry with a reason": ("x-debit", "x", "alice", "bob", -100, "debit", "why not"),
 }

@@ -237,7 +237,9 @@ class World:
 STATES = (19234, 166964, 49320)
 
 
-@pytest.mark.parametrize(("world", "states"), zip(({}, {"poor": True}, {"target": "nobody"}), STATES, strict=True))
+@pytest.mark.parametrize(
+    ("world", "states"), list(zip(({}, {"poor": True}, {"target": "nobody"}), STATES, strict=True))
+)
 def test_no_schedule_loses_makes_or_strands_money(world: dict[str, Any], states: int) -> None:
     assert World(main.transfer_money, **world).search() == (states, None, [])
 
