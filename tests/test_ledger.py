@@ -283,6 +283,30 @@ def test_many_threads_share_a_connection_and_none_misreads(db: sqlite3.Connectio
     assert len(entries(db)) == 300
 
 
+@pytest.mark.parametrize("read", ["balance", "in_flight"])
+def test_many_threads_read_at_once_and_none_gets_the_answer_of_another(ctx: Any, read: str) -> None:
+    for number in range(8):
+        main.open_account(ctx.db, f"a{number}", number)
+    expected = main.in_flight(ctx.db)
+    start = threading.Barrier(8)
+
+    def work(number: int) -> None:
+        start.wait()
+        for _ in range(1000 if read == "in_flight" else 10000):
+            if read == "balance":
+                assert main.balance(ctx.db, f"a{number}") == number
+            else:
+                assert main.in_flight(ctx.db) == expected
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(work, range(8)))
+    finally:
+        sys.setswitchinterval(interval)
+
+
 def test_a_file_is_durable_and_reopens(tmp_path: Path) -> None:
     path = str(tmp_path / "a.db")
     db = main.open_ledger(path)
