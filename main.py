@@ -291,14 +291,13 @@ def call_alone(lock: Any, method: Any, *args: Any, **kwargs: Any) -> Any:
 
 def check_server() -> str:
     """The address of the Resonate server. Raises ConnectionError, within five seconds, if none answers there."""
-    store = RemoteStore(timeout=2, retry_policy=Constant(max_retries=-1))
-    messages = urlsplit(Poller(GROUP, "check").url)
+    store, messages = RemoteStore(timeout=2, retry_policy=Constant(max_retries=-1)), Poller(GROUP, "check").url
     try:
-        socket.create_connection((messages.hostname, messages.port), timeout=2).close()
+        socket.create_connection((urlsplit(messages).hostname, urlsplit(messages).port), timeout=2).close()
         store.promises.get("no-such-promise")
     except Exception as error:
         if getattr(error, "code", 0) != 100.404:  # what a Resonate server says of such a promise
-            problem = f"no Resonate server at {store.url} and port {messages.port} ({error!r:.60})"
+            problem = f"no Resonate server at {store.url} and {messages} ({error!r:.60})"
             raise ConnectionError(f"{problem}: start `resonate serve`, version 0.8.2") from error
     return store.url
 
