@@ -151,9 +151,9 @@ def settle(
     forbids = f"{kind} of {cents(abs(amount))}: "
     row = entry if void is None else (*entry[:4], 0, "void", forbids + void)
     with LOCK:
-        # INSERT OR IGNORE would do nothing for a broken CHECK too.
-        db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (op_id) DO NOTHING", row)
-        stands = db.execute("SELECT * FROM entries WHERE op_id = ?", (op_id,)).fetchone()
+        # What went in stands; else read who has the op id. INSERT OR IGNORE would pass over a broken CHECK, too.
+        done = db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (op_id) DO NOTHING", row)
+        stands: Any = row if done.rowcount else db.execute("SELECT * FROM entries WHERE op_id = ?", (op_id,)).fetchone()
     if stands == entry:
         return None
     if stands[:6] == (*entry[:4], 0, "void") and stands[6].startswith(forbids):
