@@ -22,6 +22,7 @@ import sys
 import tempfile
 import threading
 import time
+import timeit
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from functools import partial
@@ -235,10 +236,7 @@ def entries(folder: str, rounds: int, sizes: tuple[int, ...]) -> None:
         return seconds / count
 
     def read(size: int) -> float:
-        started = time.perf_counter()
-        for _ in range(2000):
-            main.balance(files["ours", size], "alice")
-        return (time.perf_counter() - started) / 2000
+        return timeit.timeit(lambda: main.balance(files["ours", size], "alice"), number=2000) / 2000
 
     for where, ledgers in {"in memory": memories, "in a file": files}.items():
         runs = {(name, size): partial(entry, ledgers, name, size) for name in steps for size in sizes}
@@ -250,8 +248,8 @@ def entries(folder: str, rounds: int, sizes: tuple[int, ...]) -> None:
             row(f"the usual SUM, then INSERT / an entry, n = {size:,}", seconds["usual", size], seconds["ours", size])
         for size in sizes[1:]:
             row(f"an entry, n = {size:,} / n = {sizes[0]:,}", seconds["ours", size], seconds["ours", sizes[0]])
-    seconds = race("balance()", rounds, {size: partial(read, size) for size in sizes}, passes=3)
-    row(f"balance(), n = {sizes[-1]:,} / n = {sizes[0]:,}", seconds[sizes[-1]], seconds[sizes[0]])
+    small, *_, large = race("balance()", rounds, {size: partial(read, size) for size in sizes}, passes=3).values()
+    row(f"balance(), n = {sizes[-1]:,} / n = {sizes[0]:,}", large, small)
 
 
 def commands(folder: str, rounds: int) -> None:
@@ -298,10 +296,8 @@ def recovery(folder: str, count: int) -> list[float]:
 
 
 def recover(folder: str, rounds: int, count: int) -> None:
-    runs = []
-    for number in range(rounds):
-        progress(f"recover: round {number + 1} of {rounds}")
-        runs.append(in_child(recovery, folder, count))
+    progress(f"recover: {rounds} rounds")
+    runs = [in_child(recovery, folder, count) for _ in range(rounds)]
     head(f"main.recover of {count:,} transfers in flight, in a file")
     last, first, memory_last, memory_first, memory_start = map(list, zip(*runs, strict=True))
     row("transfers, the last third / the first third", last, first, "rate")
@@ -367,7 +363,7 @@ def server(folder: str, rounds: int, count: int) -> None:
                 process.kill()
                 process.communicate()
 
-    head("On a Resonate server, the ledger in a file")
+    head("On a Resonate server, in a file")
     for threads in (1, 16):
         runs = {name: partial(transfers, transfer, threads, count) for name, transfer in sides.items()}
         ours, empty = race(f"on a server, {threads} at once", rounds, runs, passes=3).values()

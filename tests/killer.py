@@ -95,7 +95,7 @@ def run(path: str, root: str) -> None:
     recovers it at every statement, and has a third process recover."""
     request, known = REQUESTS[path], set()
     for first in itertools.count(1):
-        folder = f"{root}/{first}"
+        folder = f"{root}/{path}-{first}"
         os.mkdir(folder)
         killed, answer, _ = child(lambda folder=folder: transfer(folder, request), first)
         if not killed:

@@ -7,40 +7,28 @@ import sqlite3
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MAIN, Run, check, entries
+from conftest import FOLDER, KILLERS, MAIN, Run, check, entries
 
 import main
 
 Cli = Callable[..., Run]
-KILLER = Path(__file__).with_name("killer.py")
 
 # path: (kills, kills of what recovers from the first, how it ends). Said in the README, too.
 KILLS = {"commit": (40, 157, "committed"), "compensate": (47, 227, "compensated"), "reject": (34, 113, "rejected")}
 
 
-@pytest.fixture(scope="module")
-def kills(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, list[Any]]]:
-    """All three at once, for they wait for the disk most of the time."""
-    children = {}
-    for path in KILLS:
-        command = [sys.executable, str(KILLER), path, str(tmp_path_factory.mktemp(path))]
-        environment = os.environ | {"PYTHONPATH": str(MAIN.parent)}
-        children[path] = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment)
-    answers = {path: child.communicate(timeout=80)[0] for path, child in children.items()}
-    yield {path: [json.loads(line) for line in text.splitlines()] for path, text in answers.items()}
-
-
 @pytest.mark.parametrize("path", KILLS)
-def test_killed_at_every_statement(kills: dict[str, list[Any]], path: str) -> None:
+def test_killed_at_every_statement(path: str) -> None:
     """And then, where the ledger is in a new state, whatever recovers it is killed at every statement as well."""
     first, second, status = KILLS[path]
-    *fired, end = kills[path]
+    assert KILLERS[path].wait(timeout=80) == 0
+    *fired, end = map(json.loads, Path(f"{FOLDER.name}/{path}.json").read_text().splitlines())
     assert (end["points"], end["answer"]["status"]) == (first, status)
     assert {kill["first"] for kill in fired} == set(range(1, first + 1))
     assert sum(kill["second"] > 0 for kill in fired) == second
