@@ -195,6 +195,21 @@ def test_nothing_that_a_target_says_keeps_the_void_out(ctx: Any, said: str) -> N
     assert entries(ctx.db)["t2-credit"] == ("bob", 0, "void")
 
 
+def test_a_fault_that_says_nothing_still_has_a_reason(ctx: Any) -> None:
+    reason = give_up(ctx, TimeoutError(), "t2-credit", "bob", 1000, "credit", "alice")
+    assert reason == "credit of 10.00: TimeoutError()"
+
+
+@pytest.mark.parametrize("amount", [100, 0, -1.5])
+def test_a_step_that_asks_for_what_cannot_be_is_refused(ctx: Any, amount: Any) -> None:
+    """Not ignored: a broken CHECK is no used op id."""
+    with pytest.raises(TransferRejected):
+        apply_entry(ctx, "x-debit", "alice", amount, "debit", counterparty="bob")
+    with pytest.raises(TransferRejected, match="op id, kind and amount agree"):
+        apply_entry(ctx, "x-gift", "alice", 100, "gift", counterparty="bob")
+    assert "x-debit" not in entries(ctx.db)
+
+
 def test_openings_belong_to_no_transfer(db: sqlite3.Connection) -> None:
     """A transfer may be called what an account is called."""
     apply_entry(Context(db), "alice-debit", "alice", -100, "debit", counterparty="bob")
