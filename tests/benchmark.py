@@ -38,14 +38,15 @@ sys.path.insert(0, str(ROOT))
 import main  # noqa: E402
 
 MAIN = str(ROOT / "main.py")
-IDS = (f"{n * 0x9E3779B97F4A7C15 % 2**64:016x}" for n in itertools.count())  # all different, in no order, as UUIDs are
+NUMBERS = itertools.count(os.getpid() << 32)
+IDS = (f"{n * 0x9E3779B97F4A7C15 % 2**64:016x}" for n in NUMBERS)  # all different, in no order, as UUIDs are
 REQUEST = {"source": "alice", "target": "bob", "amount": 1}
 
 # ---- What it is compared with ----------------------------------------------------------------------------------------
 
 COLUMNS = "transfer_id TEXT, account TEXT, counterparty TEXT, amount INTEGER, kind TEXT, reason TEXT"
-BARE = f"CREATE TABLE entries (op_id TEXT, {COLUMNS})"
-USUAL = f"CREATE TABLE entries (op_id TEXT PRIMARY KEY, {COLUMNS}); CREATE INDEX by_account ON entries (account)"
+BARE = f"CREATE TABLE IF NOT EXISTS entries (op_id TEXT, {COLUMNS})"
+USUAL = BARE.replace("op_id TEXT", "op_id TEXT PRIMARY KEY") + "; CREATE INDEX IF NOT EXISTS i ON entries (account)"
 INSERT = "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)"
 LOCK = threading.Lock()  # bare INSERTs need one too: threads that share a connection without it lose rows
 
@@ -194,9 +195,14 @@ def saga(folder: str, rounds: int, count: int) -> None:
             row(f"the saga / two empty steps, {where}, {threads} at once", ours, empty, "rate")
 
 
+def opened(name: str, path: str) -> sqlite3.Connection:
+    """A ledger, or the table in its place."""
+    return grown(main.open_ledger(path)) if name == "ours" else plain(path, USUAL if name == "usual" else BARE)
+
+
 def filled(name: str, path: str, size: int) -> sqlite3.Connection:
-    """A ledger, or the table in its place, with `size` entries of alice: debits and their reversals."""
-    db = grown(main.open_ledger(path)) if name == "ours" else plain(path, USUAL if name == "usual" else BARE)
+    """One with `size` entries of alice: debits and their reversals."""
+    db = opened(name, path)
     db.executescript("PRAGMA synchronous = OFF; PRAGMA cache_size = -1000000; BEGIN")
     for account, amount in (("alice", 10**12), ("bob", 0)):
         db.execute(INSERT, (f"{account}-opening", None, account, None, amount, "opening", None))
@@ -207,19 +213,24 @@ def filled(name: str, path: str, size: int) -> sqlite3.Connection:
     return db
 
 
+def files(folder: str, name: str, size: int) -> None:
+    filled(name, f"{folder}/{name}-{size}", size).close()
+
+
 def entries(folder: str, rounds: int, sizes: tuple[int, ...]) -> None:
     steps = {"ours": main.apply_entry, "bare": bare, "usual": usual}
-    files, memories = {}, {}
+    on_disk, in_memory = {}, {}
     for name, size in itertools.product(steps, sizes):
         progress(f"the ledger: {size:,} entries, {name}")
-        files[name, size] = filled(name, f"{folder}/{name}-{size}", size)
-        memories[name, size] = main.open_ledger() if name == "ours" else plain(":memory:", "")
-        files[name, size].backup(memories[name, size])
+        in_child(files, folder, name, size)  # it leaves memory in fragments, which slows down what comes after
+        on_disk[name, size] = opened(name, f"{folder}/{name}-{size}")
+        in_memory[name, size] = opened(name, ":memory:")
+        on_disk[name, size].backup(in_memory[name, size])
 
     def entry(ledgers: dict[Any, sqlite3.Connection], name: str, size: int) -> float:
         """Seconds per entry, of 250 pairs or what there is time for. The smallest ledger is made anew each time."""
         with tempfile.TemporaryDirectory(dir=folder) as new:
-            path = f"{new}/ledger" if ledgers is files else ":memory:"
+            path = f"{new}/ledger" if ledgers is on_disk else ":memory:"
             db = filled(name, path, size) if size == sizes[0] else ledgers[name, size]
             ctx, step, count, started = (
                 SimpleNamespace(get_dependency=lambda _: db),
@@ -236,9 +247,9 @@ def entries(folder: str, rounds: int, sizes: tuple[int, ...]) -> None:
         return seconds / count
 
     def read(size: int) -> float:
-        return timeit.timeit(lambda: main.balance(files["ours", size], "alice"), number=2000) / 2000
+        return timeit.timeit(lambda: main.balance(on_disk["ours", size], "alice"), number=2000) / 2000
 
-    for where, ledgers in {"in memory": memories, "in a file": files}.items():
+    for where, ledgers in {"in memory": in_memory, "in a file": on_disk}.items():
         runs = {(name, size): partial(entry, ledgers, name, size) for name in steps for size in sizes}
         seconds = race(f"the ledger {where}", rounds, runs, passes=3)
         head(f"The ledger alone, {where}: an entry of an account with n")

@@ -1,13 +1,17 @@
 """The workflow through the real SDK, and the ledger as the witness of what it reports."""
 
+import os
 import sqlite3
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import check, entries
+from conftest import MAIN, check, entries
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -268,6 +272,29 @@ def test_hundreds_at_once_over_shared_accounts(db: sqlite3.Connection, transfer:
         results = list(pool.map(one, range(300)))
     assert main.in_flight(db) == []
     told_and_true(entries(db), results)
+
+
+def storm() -> None:
+    """200 threads ask eight times each for 50 transfers. In a process of its own: the SDK ends it if its store breaks."""
+    sys.setswitchinterval(1e-6)
+    db = main.open_ledger()
+    main.open_account(db, "alice", 10**6)
+    main.open_account(db, "bob")
+    resonate, transfer = main.start(db)
+    with ThreadPoolExecutor(200) as pool:
+        results = list(pool.map(lambda number: submit(transfer, f"t{number // 8}", "alice", "bob", 1), range(400)))
+    resonate.stop()
+    told_and_true(entries(db), results[::8])
+    check(db)
+    db.close()
+
+
+def test_the_store_in_memory_stands_a_storm() -> None:
+    path = os.pathsep.join((str(MAIN.parent), str(Path(__file__).parent)))
+    command = [sys.executable, "-c", "import test_transfer; test_transfer.storm()"]
+    environment = os.environ | {"PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=40, check=False)
+    assert (done.returncode, done.stderr[-300:]) == (0, "")
 
 
 def told_and_true(rows: dict[str, tuple[Any, ...]], results: list[dict[str, Any]]) -> None:
