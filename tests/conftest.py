@@ -63,6 +63,14 @@ def entries(db: sqlite3.Connection) -> dict[str, tuple[Any, ...]]:
     return {op_id: tuple(rest) for op_id, *rest in rows}
 
 
+def in_a_process(code: str) -> None:
+    """Runs code that may hang, or end its process, if what is tested is broken."""
+    environment = os.environ | {"PYTHONPATH": f"{MAIN.parent}{os.pathsep}{MAIN.parent / 'tests'}"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=30, check=False)
+    assert (done.returncode, done.stderr[-500:]) == (0, "")
+
+
 @pytest.fixture
 def db() -> Iterator[sqlite3.Connection]:
     """A ledger in memory: alice has 100.00, bob 50.00. Whatever a test did to it, it still adds up."""

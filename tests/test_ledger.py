@@ -1,9 +1,7 @@
 """The ledger guards itself: hostile SQL, straight at the connection, and many threads on it."""
 
-import os
 import re
 import sqlite3
-import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -11,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import MAIN, check, entries
+from conftest import check, entries, in_a_process
 
 import main
 from main import OperationConflict, TransferRejected, apply_entry, credit_target, give_up
@@ -303,11 +301,7 @@ def hammer(what: str) -> None:
 
 @pytest.mark.parametrize("what", ["writes", "balance", "in_flight"])
 def test_many_threads_share_a_connection_and_none_misreads(what: str) -> None:
-    path = os.pathsep.join((str(MAIN.parent), str(Path(__file__).parent)))
-    command = [sys.executable, "-c", f"import test_ledger; test_ledger.hammer({what!r})"]
-    environment = os.environ | {"PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=20, check=False)
-    assert (done.returncode, done.stderr) == (0, "")
+    in_a_process(f"import test_ledger; test_ledger.hammer({what!r})")
 
 
 def test_a_file_is_durable_and_reopens(tmp_path: Path) -> None:
