@@ -511,10 +511,9 @@ def main() -> int:
             result = submit(transfer, *request, simulate_credit_failure=args.fail_credit)
             print(json.dumps(result), flush=True)
             return 0 if result["status"] == "committed" else 1
-    except OSError as error:  # nobody reads stdout (as in `| head`) or it is full: do not try again at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 2 if isinstance(error, BrokenPipeError) else failed(error)
-    except (ValueError, sqlite3.Error, ResonateError, TransferRejected, OperationConflict) as error:
+    except BrokenPipeError:  # as in `| head`: who closed it knows
+        return 2
+    except (OSError, ValueError, sqlite3.Error, ResonateError, TransferRejected, OperationConflict) as error:
         return failed(error)
 
 

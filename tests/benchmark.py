@@ -218,11 +218,12 @@ def files(folder: str, name: str, size: int) -> None:
 
 
 def entries(folder: str, rounds: int, sizes: tuple[int, ...]) -> None:
+    """One hot account. In memory, where it is large, SQLite walks its page cache (pcache1Truncate) as it commits."""
     steps = {"ours": main.apply_entry, "bare": bare, "usual": usual}
     on_disk, in_memory = {}, {}
     for name, size in itertools.product(steps, sizes):
         progress(f"the ledger: {size:,} entries, {name}")
-        in_child(files, folder, name, size)  # it leaves memory in fragments, which slows down what comes after
+        in_child(files, folder, name, size)  # with a cache that this process need not have had
         on_disk[name, size] = opened(name, f"{folder}/{name}-{size}")
         in_memory[name, size] = opened(name, ":memory:")
         on_disk[name, size].backup(in_memory[name, size])
