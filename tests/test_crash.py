@@ -20,7 +20,7 @@ import main
 Cli = Callable[..., Run]
 
 # path: (kills, kills of what recovers from the first, how it ends). Said in the README, too.
-KILLS = {"commit": (40, 157, "committed"), "compensate": (47, 227, "compensated"), "reject": (34, 113, "rejected")}
+KILLS = {"commit": (40, 157, "committed"), "compensate": (47, 92, "compensated"), "reject": (34, 17, "rejected")}
 
 
 @pytest.mark.parametrize("path", KILLS)
