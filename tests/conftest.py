@@ -5,7 +5,6 @@ import os
 import sqlite3
 import subprocess
 import sys
-import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,25 +15,6 @@ import pytest
 import main
 
 MAIN = Path(main.__file__)
-KILLERS: dict[str, subprocess.Popen[bytes]] = {}  # path of a transfer: killer.py at work on it
-FOLDER = tempfile.TemporaryDirectory()
-
-
-def pytest_collection_finish(session: pytest.Session) -> None:
-    """The killers need no help: they begin with the session, beside the tests that come before theirs."""
-    if any(item.name.startswith("test_killed_at_every_statement") for item in session.items):
-        for path in ("commit", "compensate", "reject"):
-            command = [sys.executable, str(Path(__file__).with_name("killer.py")), path, FOLDER.name]
-            environment = os.environ | {"PYTHONPATH": str(MAIN.parent)}
-            with open(f"{FOLDER.name}/{path}.json", "w") as out:
-                KILLERS[path] = subprocess.Popen(command, stdout=out, env=environment)
-
-
-def pytest_sessionfinish() -> None:
-    for killer in KILLERS.values():
-        killer.kill()
-        killer.wait()
-    FOLDER.cleanup()
 
 
 def check(db: sqlite3.Connection) -> None:

@@ -38,12 +38,14 @@ def child(work: Callable[[], Any], kill_at: int | None = None) -> tuple[bool, An
             if seen == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        class Traced(main.CommandLedger):
-            def __init__(self, *args: Any, **kwargs: Any) -> None:
-                super().__init__(*args, **kwargs)
-                self.set_trace_callback(trace)
+        real = sqlite3.connect
 
-        main.CommandLedger = Traced  # type: ignore[misc]
+        def connect(path: str, *args: Any, **kwargs: Any) -> sqlite3.Connection:
+            db = real(path, *args, **kwargs)
+            db.set_trace_callback(None if path == ":memory:" else trace)
+            return db
+
+        sqlite3.connect = connect  # type: ignore[assignment]
         try:
             answer = work()
             trace("the end")
@@ -64,13 +66,13 @@ def child(work: Callable[[], Any], kill_at: int | None = None) -> tuple[bool, An
 
 def transfer(folder: str, request: tuple[str, str, int]) -> Any:
     """What `python main.py transfer` does."""
-    _, saga = main.start(main.open_command_ledger(f"{folder}/ledger.db"))
+    _, saga = main.start(main.command_ledger(f"{folder}/ledger.db", None))
     return main.submit(saga, "t1", *request)
 
 
 def recover(folder: str, request: tuple[str, str, int]) -> Any:
     """What `python main.py recover` does, and then the same id again with a promise store that knows of neither."""
-    db = main.open_command_ledger(f"{folder}/ledger.db")
+    db = main.command_ledger(f"{folder}/ledger.db", None)
     results = main.recover(db, main.start(db)[1])
     return results, main.in_flight(db), transfer(folder, request)
 

@@ -5,6 +5,7 @@ import sqlite3
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -229,17 +230,20 @@ def test_an_account_opens_once(db: sqlite3.Connection) -> None:
         main.balance(db, "poor")
 
 
-def test_cents() -> None:
-    amounts = (0, 1, -1, 99, 100, -3000, 2**63)
-    assert [main.cents(amount) for amount in amounts] == [
-        "0.00",
-        "0.01",
-        "-0.01",
-        "0.99",
-        "1.00",
-        "-30.00",
-        "92233720368547758.08",
-    ]
+@pytest.mark.parametrize(
+    ("amount", "said"), [(1, "0.01"), (99, "0.99"), (100, "1.00"), (3000, "30.00"), (2**63 - 1, "92233720368547758.07")]
+)
+def test_a_void_says_which_amount_it_forbids(ctx: Any, amount: int, said: str) -> None:
+    reason = give_up(ctx, Exception("no"), "x-debit", "alice", -amount, "debit", "bob")
+    assert reason == f"debit of {said}: no"
+
+
+def test_a_void_that_names_no_amount_forbids_them_all(ctx: Any) -> None:
+    """As somebody may write it by hand, to stop a transfer for good."""
+    ctx.db.execute(INSERT, ("t2-credit", "t2", "bob", "alice", 0, "void", "stopped by hand"))
+    assert give_up(ctx, Exception("no"), "t2-credit", "bob", 1000, "credit", "alice") == "stopped by hand"
+    with pytest.raises(TransferRejected, match=r"^stopped by hand$"):
+        apply_entry(ctx, "t2-credit", "bob", 1000, "credit", counterparty="alice")
 
 
 def test_balances_and_checks_use_the_primary_key_alone(db: sqlite3.Connection) -> None:
@@ -273,7 +277,7 @@ def hammer(what: str) -> None:
     def write(thread: int, number: int) -> None:
         """Half of them write entries, half of them voids of the same op ids."""
         debit = (f"{number}-debit", f"a{number % 4}", -number - 1, "debit")
-        reason = f"debit of {main.cents(number + 1)}: {number}"
+        reason = f"debit of {(number + 1) / 100:.2f}: {number}"
         try:
             if thread % 2:
                 assert give_up(ctx, Exception(str(number)), *debit, "a5") in (None, reason)
@@ -340,9 +344,9 @@ def test_another_database_or_one_without_a_guard_is_refused_and_left_alone(tmp_p
 
 def test_a_ledger_may_hold_more_than_this_program_needs(tmp_path: Path) -> None:
     path = str(tmp_path / "a.db")
-    db = main.open_ledger(path)
-    db.executescript("CREATE INDEX by_account ON entries (account); ANALYZE")
-    db.close()
+    main.open_ledger(path).close()
+    with closing(sqlite3.connect(path)) as db:
+        db.executescript("CREATE INDEX by_account ON entries (account); ANALYZE")
     main.open_ledger(path).close()
 
 

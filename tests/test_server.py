@@ -28,6 +28,7 @@ import main
 
 RESONATE = shutil.which("resonate") or ""
 VERSION = subprocess.run([RESONATE, "--version"], capture_output=True, text=True).stdout if RESONATE else "not on PATH"
+pytestmark = pytest.mark.xdist_group("server")  # they share the stages that take long
 needs_server = pytest.mark.skipif(not VERSION.endswith(" 0.8.2\n"), reason=f"needs resonate 0.8.2: {VERSION!r}")
 
 COMMANDS = (("transfer", "t1", "alice", "bob", "30", "--server"), ("recover", "--server"), ("worker",))
@@ -125,7 +126,7 @@ class Stage:
         self.env = environment(folder, free_port(), free_port())
         while not self.serve():
             self.env = environment(folder, free_port(), free_port())
-        main.open_command_ledger(str(folder / "ledger.db")).close()
+        main.command_ledger(str(folder / "ledger.db"), None).close()
 
     def serve(self) -> bool:
         """Starts the server, and returns whether it got its ports: somebody may have been faster."""
@@ -252,7 +253,7 @@ def test_a_client_gets_its_result_and_the_same_again(stage: Stage) -> None:
         assert stage.run("transfer", "t3", "alice", "bob", "500", "--server") == (1, [rejected])
     conflict = stage.start("transfer", "t1", "alice", "bob", "31", "--server")
     assert conflict.wait(60) == 2
-    assert re.fullmatch("error: t1 is the id of another transfer.*\n", conflict.err.read_text())
+    assert re.fullmatch("error: 't1-debit' stands for something else.*\n", conflict.err.read_text())
     assert stage.read(lambda db: [main.balance(db, "alice"), main.balance(db, "bob")]) == [7000, 8000]
 
 

@@ -233,14 +233,14 @@ def test_recover_goes_on_past_what_it_cannot_finish_and_names_it(
     db.execute("INSERT INTO entries VALUES ('e-debit', 'e', 'alice', 'bob', -500, 'debit', NULL)")
     db.execute("INSERT INTO entries VALUES ('e-credit', 'e', 'bob', 'alice', 200, 'credit', NULL)")
     assert [result["transfer_id"] for result in main.recover(db, engine())] == ["d"]
-    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["a.1", "b", "c", "e"]
+    assert [line.split()[1] for line in capsys.readouterr().err.splitlines()] == ["'a.1'", "'b'", "'c'", "'e'"]
     assert [flight[0] for flight in main.in_flight(db)] == ["a.1", "b", "c", "e"]
 
 
 def test_more_in_flight_than_one_promise_store_is_good_for(
     db: sqlite3.Connection, transfer: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """450 in three batches: the first by the store that is there, the others by new ones, of which nothing is left."""
+    """450 in three batches, each by a store of its own, of which nothing is left."""
     rows = [(f"t{number}-debit", f"t{number}", "alice", "bob", -1, "debit", None) for number in range(450)]
     db.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
     real, stores = main.start, []
@@ -254,7 +254,7 @@ def test_more_in_flight_than_one_promise_store_is_good_for(
     assert len(main.recover(db, transfer)) == 450
     assert main.in_flight(db) == []
     gc.collect()
-    assert [store() for store in stores] == [None, None]
+    assert [store() for store in stores] == [None, None, None]
 
 
 def test_two_recover_at_once(db: sqlite3.Connection, engine: Any) -> None:
@@ -382,7 +382,7 @@ def test_any_sequence_of_transfers_does_what_a_model_says(
             threading.Thread(target=resonate.stop).start()  # it may take the SDK 0.3 s
             resonate, transfer = main.start(db)
         if source == target:
-            with pytest.raises(ValueError, match="one account"):
+            with pytest.raises(ValueError, match="two accounts"):
                 submit(transfer, name, source, target, amount, simulate_credit_failure=fail)
             continue
         request = (source, target, amount)
