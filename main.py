@@ -267,14 +267,15 @@ def submit(
 def recover(db: sqlite3.Connection, transfer: Saga) -> list[dict[str, Any]]:
     """Finishes what is in flight, of which a debit tells all. Returns the results; names on stderr what stays there."""
     results, in_memory = [], isinstance(transfer._resonate._store, LocalStore)
-    for batch in itertools.batched(in_flight(db), 200):  # a store in memory slows down with all that it remembers
-        resonate, transfer = start(db) if in_memory else (transfer._resonate, transfer)
+    for number, batch in enumerate(itertools.batched(in_flight(db), 200)):
+        # A promise store in memory slows down with all that it remembers: each batch gets another one.
+        resonate, saga = start(db) if in_memory and number else (None, transfer)
         for request in batch:
             try:
-                results.append(submit(transfer, *request))
+                results.append(submit(saga, *request))
             except Exception as error:
                 print(f"error: {request[0]!r} stays in flight: {error}", file=sys.stderr, flush=True)
-        if in_memory:
+        if resonate is not None:
             resonate.stop()
             vars(resonate._bridge).clear()  # a thread of it never ends, and would keep it all
     return results
