@@ -333,10 +333,11 @@ def serving(folder: str) -> Iterator[None]:
         try:
             for _ in range(100):
                 with contextlib.suppress(ConnectionError):
-                    main.check_server()
+                    main.start(sqlite3.connect(":memory:"), remote=True, group="nobody")
                     break
                 time.sleep(0.1)
-            main.check_server()
+            else:
+                raise ConnectionError("the server does not answer")
             yield
         finally:
             process.terminate()

@@ -321,6 +321,33 @@ def test_a_file_is_durable_and_reopens(tmp_path: Path) -> None:
     db.close()
 
 
+class Lax(sqlite3.Connection):
+    """As SQLite may have been built, and in a hurry."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.executescript("PRAGMA synchronous = OFF; PRAGMA busy_timeout = 20")
+
+
+def test_a_commit_survives_power_loss_whatever_sqlite_was_built_for(tmp_path: Path) -> None:
+    with closing(main.open_ledger(str(tmp_path / "a.db"), Lax)) as db:
+        assert db.execute("PRAGMA synchronous").fetchone() == (2,)
+
+
+def test_it_opens_beside_one_that_keeps_it_from_wal(tmp_path: Path) -> None:
+    """As another process does for a moment that creates the same ledger."""
+    path = str(tmp_path / "a.db")
+    main.open_ledger(path).close()
+    with closing(sqlite3.connect(path, autocommit=True)) as other:
+        other.executescript("PRAGMA journal_mode = DELETE; BEGIN")
+        other.execute("SELECT * FROM entries").fetchall()
+        with closing(main.open_ledger(path, Lax)) as db:
+            assert db.execute("PRAGMA journal_mode").fetchone() == ("delete",)
+            assert db.execute("PRAGMA recursive_triggers").fetchone() == (1,)
+    with closing(main.open_ledger(path)) as db:
+        assert db.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+
+
 @pytest.mark.parametrize(
     "script",
     [
