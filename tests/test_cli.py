@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -259,7 +260,31 @@ def test_a_new_ledger_gets_both_demo_accounts_and_another_neither(cli: Cli, ledg
     assert db.execute("SELECT * FROM accounts").fetchall() == [("carol", 700)]
 
 
-def test_the_journal(cli: Cli, ledger: Any) -> None:
+def test_another_command_may_be_faster_with_the_demo_accounts(
+    inside: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both see an empty ledger, and each puts them in."""
+    real = main.open_ledger
+
+    def opened(path: str, factory: Any) -> sqlite3.Connection:
+        class Slow(factory):  # type: ignore[misc]
+            def execute(self, sql: str, row: Any = (), /) -> Any:
+                cursor = super().execute(sql, row)
+                if not sql.startswith("SELECT 1 FROM"):
+                    return cursor
+                found = cursor.fetchone()
+                monkeypatch.setattr(main, "open_ledger", real)
+                main.command_ledger(path, None).close()
+                return SimpleNamespace(fetchone=lambda: found)
+
+        return real(path, Slow)
+
+    monkeypatch.setattr(main, "open_ledger", opened)
+    run = inside("journal")
+    assert (run.status, run.err, run.out.count(" opening ")) == (0, "", 2)
+
+
+def test_the_journal(cli: Cli, tmp_path: Path) -> None:
     cli("transfer", "t1", "alice", "bob", "30")
     cli("transfer", "t2", "alice", "bob", "10", "--crash-after", "debit")
     run = cli("journal")
@@ -275,7 +300,7 @@ def test_the_journal(cli: Cli, ledger: Any) -> None:
         "                balance   bob           80.00",
         "  balances 140.00 + in flight 10.00, openings 150.00: every cent is somewhere",
     ]
-    db = sqlite3.connect(ledger().execute("PRAGMA database_list").fetchone()[2], autocommit=True)
+    db = sqlite3.connect(tmp_path / "ledger.db", autocommit=True)
     for change in (1, -1):
         db.execute("UPDATE accounts SET balance = balance + ? WHERE account = 'bob'", (change,))
         run = cli("journal")
@@ -283,6 +308,12 @@ def test_the_journal(cli: Cli, ledger: Any) -> None:
     for change in (1, -1):  # the sum is right, and yet a cent is in the wrong place
         db.execute("UPDATE accounts SET balance = balance + iif(account = 'bob', ?1, -?1)", (change,))
         assert cli("journal").status == (1 if change > 0 else 0)
+    # Each balance is the sum of its entries, and yet there is a cent too many: one that went in past the guard.
+    db.executescript("""DROP TRIGGER entry_moves_balance;
+        UPDATE accounts SET balance = balance + 1 WHERE account = 'bob';
+        INSERT INTO entries VALUES ('x-credit', 'x', 'bob', 'alice', 1, 'credit', NULL)""")
+    db.executescript(main.SCHEMA)
+    assert cli("journal").status == 1
     db.close()
 
 

@@ -5,7 +5,7 @@ import sqlite3
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -288,22 +288,24 @@ def hammer(what: str) -> None:
 
     def work(thread: int) -> None:
         start.wait()
-        for number in range({"writes": 300, "balance": 10000, "in_flight": 1000}[what]):
+        for number in range({"writes": 300, "balance": 10000, "in_flight": 1000, "journal": 200}[what]):
             if what == "writes":
                 write(thread, number)
+            elif what == "journal":
+                assert main.journal(db)
             elif what == "balance":
                 assert main.balance(db, f"a{thread}") == 10**6 + thread - (thread == 7)
             else:
                 assert main.in_flight(db) == expected
 
-    with ThreadPoolExecutor(8) as pool:
+    with ThreadPoolExecutor(8) as pool, redirect_stdout(None):
         list(pool.map(work, range(8)))
     check(db)
     assert len(entries(db)) == (301 if what == "writes" else 1)
     db.close()
 
 
-@pytest.mark.parametrize("what", ["writes", "balance", "in_flight"])
+@pytest.mark.parametrize("what", ["writes", "balance", "in_flight", "journal"])
 def test_many_threads_share_a_connection_and_none_misreads(what: str) -> None:
     in_a_process(f"import test_ledger; test_ledger.hammer({what!r})")
 
