@@ -123,6 +123,7 @@ def settle(
         stands: Any = row if done.rowcount else db.execute("SELECT * FROM entries WHERE op_id = ?", (op_id,)).fetchone()
     if stands == entry:
         return None
+    # A void forbids the amount that it names, or, written by hand without one, any.
     if stands[:6] == (*entry[:4], 0, "void") and (stands[6].startswith(forbids) or f"{kind} of " not in stands[6]):
         return str(stands[6])
     raise OperationConflict(f"{op_id!r} stands for something else, {stands[1:]}: see the journal, or take a new id")
@@ -224,9 +225,9 @@ def start(
     resonate: Any = Resonate.remote(group=group) if remote else Resonate.local(group=group)
     store = resonate._store
     if remote:
-        messages = resonate._message_source.url
+        messages = resonate._message_source.url.rsplit("/", 2)[0]
         try:  # both ports, once, where the SDK would try for ever
-            socket.create_connection(re.findall("//(.+):([0-9]+)/", messages)[0], timeout=2).close()
+            socket.create_connection(re.findall("//(.+):([0-9]+)", messages)[0], timeout=2).close()
             RemoteStore(timeout=2, retry_policy=Constant(max_retries=-1)).tasks.heartbeat(pid="nobody")
         except Exception as error:
             problem = f"no Resonate server at {store.url} and {messages} ({error!r:.60})"
