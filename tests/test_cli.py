@@ -322,7 +322,7 @@ def test_the_journal(cli: Cli, tmp_path: Path) -> None:
         run = cli("journal")
         assert (run.status, "IT DOES NOT ADD UP" in run.out) == ((1, True) if change > 0 else (0, False))
     for change in (1, -1):  # the sum is right, and yet a cent is in the wrong place
-        db.execute("UPDATE accounts SET balance = balance + iif(account = 'bob', ?1, -?1)", (change,))
+        db.execute("UPDATE accounts SET balance = balance + iif(account = 'bob', ?, ?)", (change, -change))
         assert cli("journal").status == (1 if change > 0 else 0)
     # Each balance is the sum of its entries, and yet there is a cent too many: one that went in past the guard.
     db.executescript("""DROP TRIGGER entry_moves_balance;
