@@ -374,9 +374,9 @@ def main() -> int:
     cli.add_argument("--fail-credit", action="store_true", help="transfer: let the target refuse")
     cli.add_argument("--crash-after", choices=("debit", "credit", "void", "reversal"), help="kill -9 right after it")
     try:
+        args, unknown = cli.parse_known_intermixed_args()
         if len(sys.argv) == 1:
             return tour()
-        args, unknown = cli.parse_known_intermixed_args()
         command, *request = [*args.command, *unknown] or [""]
         takes = {"transfer": 4, "recover": 0, "journal": 0, "worker": 0}.get(command)
         if len(request) != takes or (args.fail_credit and command != "transfer"):

@@ -446,6 +446,18 @@ def test_the_tour(cli: Cli, tmp_path: Path) -> None:
     assert run.out.count("every cent is somewhere") == 6
 
 
+def test_a_tour_without_a_disk_to_write_to(inside: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(_path: str) -> None:
+        raise sqlite3.OperationalError("disk I/O error")
+
+    monkeypatch.setattr(main, "open_ledger", full)
+    monkeypatch.setattr(subprocess, "call", lambda _command: 2)
+    try:
+        refused(Run(subprocess.CompletedProcess((), (run := inside()).status, "", run.err)), "disk I/O error")
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
 @pytest.mark.parametrize("lie", ["balance", "journal", "status"])
 def test_the_tour_fails_if_a_claim_is_not_so(lie: str, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     """A balance that is not as claimed, a ledger that does not add up, a command that ends in another way."""
