@@ -111,8 +111,7 @@ def settle(
     db: sqlite3.Connection, op_id: str, account: str, amount: int, kind: str, other: str | None, void: str | None = None
 ) -> str | None:
     """None if the entry of `amount` cents stands, or the reason of its void; writes the one asked for if neither does.
-    Raises OperationConflict if the op id stands for something else, sqlite3.IntegrityError if the ledger refuses, and
-    another sqlite3.Error if it cannot be asked: then nobody knows, and whoever needs to must ask again."""
+    Raises OperationConflict if another row stands, IntegrityError if refused, another sqlite3.Error: nobody knows."""
     transfer_id = None if kind == "opening" else op_id.removesuffix(f"-{kind}")
     entry = (op_id, transfer_id, account, other, amount, kind, None)
     forbids = f"{kind} of {Decimal(abs(amount)).scaleb(-2)}: "
@@ -268,8 +267,7 @@ def submit(
 def recover(db: sqlite3.Connection, transfer: Saga) -> list[dict[str, Any]]:
     """Finishes what is in flight, of which a debit tells all. Returns the results; names on stderr what stays there."""
     results, in_memory = [], isinstance(transfer._resonate._store, LocalStore)
-    for number, batch in enumerate(itertools.batched(in_flight(db), 200)):
-        # A promise store in memory slows down with all that it remembers: each batch gets another one.
+    for number, batch in enumerate(itertools.batched(in_flight(db), 200)):  # a store in memory slows down as it fills
         resonate, saga = start(db) if in_memory and number else (None, transfer)
         for request in batch:
             try:
@@ -334,12 +332,11 @@ def tour() -> int:
     )
     with tempfile.TemporaryDirectory() as folder:
         for only, title, words, *claim in scenes:
-            print(f"# {title}\n$ python main.py {words}", flush=True)
+            print(f"\n# {title}\n$ python main.py {words}", flush=True)
             status = subprocess.call([sys.executable, __file__, *words.split(), "--ledger", f"{folder}/ledger.db"])
             with contextlib.closing(open_ledger(f"{folder}/ledger.db")) as db:
                 if not journal(db, only) or claim != [status, balance(db, "alice"), balance(db, "bob")]:
                     return failed(f"the tour claims {claim}, and that is not so")
-            print()
     return 0
 
 
@@ -400,10 +397,9 @@ def main() -> int:
             result = submit(transfer, *request, simulate_credit_failure=args.fail_credit)
             print(json.dumps(result), flush=True)
             return 0 if result["status"] == "committed" else 1
-    except sqlite3.Error as error:
-        return failed(error, args.ledger)
     except Exception as error:  # who closed the pipe, as `| head` does, knows
-        return 2 if isinstance(error, BrokenPipeError) else failed(error)
+        ledger = args.ledger if isinstance(error, sqlite3.Error) else ""
+        return 2 if isinstance(error, BrokenPipeError) else failed(error, ledger)
 
 
 if __name__ == "__main__":
