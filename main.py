@@ -369,7 +369,7 @@ def main() -> int:
     cli.add_argument("--ledger", metavar="FILE", default="ledger.db", help="default: %(default)s")
     cli.add_argument("--server", action="store_true", help="transfer, recover: by way of a Resonate server")
     cli.add_argument("--fail-credit", action="store_true", help="transfer: let the target refuse")
-    cli.add_argument("--crash-after", choices=("debit", "credit", "void", "reversal"), help="kill -9 right after it")
+    cli.add_argument("--crash-after", choices=("debit", "credit", "void", "reversal"), help="kill -9 after such a row")
     try:
         args, unknown = cli.parse_known_intermixed_args()
         if len(sys.argv) == 1:
