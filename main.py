@@ -43,6 +43,8 @@ if __name__ == "__main__":  # Ctrl-C is quiet from here on: the next import take
 
 import resonate.resonate as sdk
 from resonate import Context, Resonate
+from resonate.encoders import JsonEncoder
+from resonate.errors import ResonateCanceledError, ResonateTimedoutError
 from resonate.retry_policies import Constant, Never
 from resonate.stores import LocalStore, RemoteStore
 
@@ -98,11 +100,11 @@ def open_ledger(path: str = ":memory:", factory: type[sqlite3.Connection] = sqli
     db = sqlite3.connect(path, timeout=5, check_same_thread=False, autocommit=True, factory=factory)
     if not found:
         db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT")
-    with contextlib.suppress(sqlite3.OperationalError):  # if another process is at it, the next open will do
+    with contextlib.suppress(sqlite3.OperationalError):  # busy with another process: the next open sets it
         db.executescript("PRAGMA journal_mode = WAL")
     # FULL: a commit survives power loss. Without recursive_triggers, INSERT OR REPLACE would pass by no_delete.
     db.executescript("PRAGMA synchronous = FULL; PRAGMA recursive_triggers = ON")
-    # A balance moves by an entry: what else would write to accounts, and is no trigger, is denied.
+    # A balance moves by an entry: True denies what else would write to accounts, and is no trigger.
     db.set_authorizer(lambda act, on, _, __, trigger: on == "accounts" and act != sqlite3.SQLITE_READ and not trigger)
     return db
 
@@ -177,7 +179,7 @@ def give_up(ctx: Context, why: Exception, op_id: str, account: str, amount: int,
 
 
 # ---- The saga --------------------------------------------------------------------------------------------------------
-# A refusal is an answer. Whatever else a step raises is a fault, and the SDK runs it again until there is an answer.
+# A refusal, of exactly these types, is an answer. What else such a step raises is a fault, and the SDK runs it again.
 UNTIL_ANSWERED: dict[str, Any] = {"non_retryable_exceptions": (TransferRejected, OperationConflict)}
 
 
@@ -199,7 +201,8 @@ def transfer_money(
 
     try:
         attempt = ctx.run(credit_target, *credit[:3], counterparty=source, fail=simulate_credit_failure)
-        yield attempt.options(retry_policy=Never())  # the target is asked once; then the ledger is
+        # Not again: after a failure, the ledger answers. As JSON, it is text: what cannot be unpickled ends the process.
+        yield attempt.options(retry_policy=Never(), encoder=JsonEncoder())
     except Exception as failure:  # any: what failed to answer may have landed
         reason = yield ctx.run(give_up, failure, *credit, source).options(**UNTIL_ANSWERED)
         if reason is not None:
@@ -247,7 +250,7 @@ def submit(
 ) -> dict[str, Any]:
     """Runs a transfer of `amount` cents under its id and returns its result, the same one each time it is asked. Raises
     ValueError before anything is written if this can be no transfer, OperationConflict if its id is another's."""
-    # The SDK calls the steps of `a` `a.1` and `a.2`, and puts ids into URLs as they are.
+    # To the SDK, the steps of `a` are called `a.1` and `a.2`, and it puts ids into URLs as they are.
     if not (isinstance(transfer_id, str) and re.fullmatch("[A-Za-z0-9_-]{1,64}", transfer_id)):
         raise ValueError(f"a transfer id is 1 to 64 of A-Z a-z 0-9 _ -, not {transfer_id!r:.80}")
     named = (isinstance(name, str) and name and not re.search("[\ud800-\udfff]", name) for name in (source, target))
@@ -256,11 +259,11 @@ def submit(
     if type(amount) is not int or not 0 < amount < 2**63:
         raise ValueError(f"an amount is a whole number of cents above 0 and below 2**63, not {amount!r:.80}")
     request = {"transfer_id": transfer_id, "source": source, "target": target, "amount": amount}
-    with contextlib.suppress(OperationConflict):
+    with contextlib.suppress(OperationConflict, TransferRejected, ResonateCanceledError, ResonateTimedoutError):
         result = transfer.run(transfer_id, **request, simulate_credit_failure=simulate_credit_failure)
         if request.items() <= result.items():
             return result
-    fresh = f"{transfer_id}~{os.urandom(8).hex()}"  # that promise keeps another's answer: by a new one, the ledger's
+    fresh = f"{transfer_id}~{os.urandom(8).hex()}"  # that promise keeps another answer: by a new one, the ledger's
     return transfer.run(fresh, **request, simulate_credit_failure=simulate_credit_failure)
 
 
@@ -268,7 +271,7 @@ def recover(db: sqlite3.Connection, transfer: Saga) -> list[dict[str, Any]]:
     """Finishes what is in flight, of which a debit tells all. Returns the results; names on stderr what stays there."""
     results, in_memory = [], isinstance(transfer._resonate._store, LocalStore)
     for number, batch in enumerate(itertools.batched(in_flight(db), 200)):  # a store in memory slows down as it fills
-        resonate, saga = start(db) if in_memory and number else (None, transfer)
+        resonate, saga = start(db, workflow=transfer.func) if in_memory and number else (None, transfer)
         for request in batch:
             try:
                 results.append(submit(saga, *request))
@@ -363,7 +366,7 @@ def failed(error: object, ledger: str = "") -> int:
 
 
 def main() -> int:
-    """Runs a command. Returns the exit status: 0 well, 1 not well (compensated, rejected, in flight), 2 not at all."""
+    """Runs a command. Returns the exit status: 0 well, 1 not well (compensated, rejected, in flight), 2 an error."""
     cli = argparse.ArgumentParser("python main.py", exit_on_error=False, allow_abbrev=False)
     cli.add_argument("command", nargs="*", help="transfer ID SOURCE TARGET AMOUNT, recover, journal, worker")
     cli.add_argument("--ledger", metavar="FILE", default="ledger.db", help="default: %(default)s")

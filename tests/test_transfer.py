@@ -168,6 +168,41 @@ def test_a_credit_that_reports_a_fault_settles_as_the_ledger_has_it(
     assert submit(engine(), "t1", "alice", "bob", 3000) == result
 
 
+class Unpicklable(Exception):
+    """As those of some libraries: it cannot be made again from what it says."""
+
+    def __init__(self, *, response: str) -> None:
+        super().__init__(response)
+
+
+def test_whatever_a_target_raises_is_given_up() -> None:
+    """The SDK would end the process of an exception that it cannot unpickle."""
+    script = """
+import main, test_transfer
+
+def refuses(*_args, **_rest):
+    raise test_transfer.Unpicklable(response="gone")
+
+main.credit_target, main.LOG.disabled = refuses, True
+db = main.open_ledger()
+main.open_account(db, "alice", 10000)
+main.open_account(db, "bob")
+result = main.submit(main.start(db)[1], "t1", "alice", "bob", 3000)
+assert (result["status"], result["error"]) == ("compensated", "credit of 30.00: gone"), result
+db.close()
+"""
+    in_a_process(script)
+
+
+def test_a_promise_that_was_canceled_keeps_nobody_from_the_money(db: sqlite3.Connection, engine: Any) -> None:
+    db.execute("INSERT INTO entries VALUES ('t1-debit', 't1', 'alice', 'bob', -3000, 'debit', NULL)")
+    transfer = engine()
+    promises = transfer._resonate.promises
+    promises.create(id="t1", timeout=2**53, ikey="t1")
+    promises.cancel(id="t1", ikey="t1")
+    assert [result["status"] for result in main.recover(db, transfer)] == ["committed"]
+
+
 @pytest.mark.parametrize("step", ["debit", "void", "reversal"])
 def test_a_fault_elsewhere_is_retried_until_there_is_an_answer(
     db: sqlite3.Connection, engine: Any, step: str, monkeypatch: pytest.MonkeyPatch
@@ -245,7 +280,8 @@ def test_more_in_flight_than_one_promise_store_is_good_for(
     db.executemany("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)", rows)
     real, stores = main.start, []
 
-    def start(ledger: sqlite3.Connection) -> Any:
+    def start(ledger: sqlite3.Connection, workflow: Any) -> Any:
+        assert workflow is main.transfer_money
         resonate, saga = real(ledger)
         stores.append(weakref.ref(resonate._store))
         return resonate, saga
