@@ -201,7 +201,7 @@ def transfer_money(
 
     try:
         attempt = ctx.run(credit_target, *credit[:3], counterparty=source, fail=simulate_credit_failure)
-        # Not again: after a failure, the ledger answers. As JSON, it is text: what cannot be unpickled ends the process.
+        # Not again: after a failure, the ledger answers. JSON makes text of it: what cannot be unpickled ends the SDK.
         yield attempt.options(retry_policy=Never(), encoder=JsonEncoder())
     except Exception as failure:  # any: what failed to answer may have landed
         reason = yield ctx.run(give_up, failure, *credit, source).options(**UNTIL_ANSWERED)
