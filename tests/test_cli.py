@@ -9,7 +9,7 @@ import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,9 +25,12 @@ Cli = Callable[..., Run]
 
 
 @pytest.fixture(autouse=True)
-def no_fault_ends_pytest(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What `main` puts on the log, so that a fault ends a command, goes when the test does."""
+def nothing_of_a_command_stays(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What `main` puts on the log, so that a fault ends a command, and the tour's Ctrl-C go when the test does."""
     monkeypatch.setattr(main.LOG, "filters", main.LOG.filters[:])
+    handler = signal.getsignal(signal.SIGINT)
+    yield
+    signal.signal(signal.SIGINT, handler)
 
 
 @pytest.fixture
@@ -79,23 +82,8 @@ def test_an_id_that_is_taken(cli: Cli, ledger: Any) -> None:
 
 
 AMOUNTS = {"0.01": 1, "1": 100, "01.10": 110, "30.5": 3050, "99.99": 9999}
-BAD_AMOUNTS = [
-    "1e3",
-    "NaN",
-    "Infinity",
-    "inf",
-    "0.001",
-    "1.001",
-    "-1",
-    "+1",
-    "1,00",
-    "1_000",
-    ".5",
-    "5.",
-    ".",
-    "0",
-    "0.00",
-]
+BAD_AMOUNTS = ["1e3", "NaN", "Infinity", "inf", "0.001", "1.001", "-1", "+1", "1,00", "1_000", ".5", "5.", "."]
+BAD_AMOUNTS += ["0", "0.00"]
 BAD_AMOUNTS += ["9223372036854775808", "92233720368547758.08", "1.2.3", "٣", "²", "0x10"]
 BAD_AMOUNTS += ["", " 1", "1 ", "30.00\n", "9" * 5000]
 
@@ -452,10 +440,10 @@ def test_a_tour_without_a_disk_to_write_to(inside: Cli, monkeypatch: pytest.Monk
 
     monkeypatch.setattr(main, "open_ledger", full)
     monkeypatch.setattr(subprocess, "call", lambda _command: 2)
-    try:
-        refused(Run(subprocess.CompletedProcess((), (run := inside()).status, "", run.err)), "disk I/O error")
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    run = inside()
+    assert run.out == "\n# alice pays bob\n$ python main.py transfer t1 alice bob 30\n"
+    run.out = ""
+    refused(run, "disk I/O error")
 
 
 @pytest.mark.parametrize("lie", ["balance", "journal", "status"])
@@ -469,10 +457,7 @@ def test_the_tour_fails_if_a_claim_is_not_so(lie: str, monkeypatch: pytest.Monke
     else:
         call = subprocess.call
         monkeypatch.setattr(subprocess, "call", lambda command: call(command) + 1)
-    try:
-        assert main.tour() == 2
-    finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+    assert main.tour() == 2
     assert capsys.readouterr().err == "error: the tour claims [0, 7000, 8000], and that is not so\n"
 
 
