@@ -288,7 +288,7 @@ def test_another_command_may_be_faster_with_the_demo_accounts(
     assert (run.status, run.err, run.out.count(" opening ")) == (0, "", 2)
 
 
-def test_the_journal(cli: Cli, tmp_path: Path) -> None:
+def test_the_journal(cli: Cli, inside: Cli, tmp_path: Path) -> None:
     cli("transfer", "t1", "alice", "bob", "30")
     cli("transfer", "t2", "alice", "bob", "10", "--crash-after", "debit")
     run = cli("journal")
@@ -307,17 +307,17 @@ def test_the_journal(cli: Cli, tmp_path: Path) -> None:
     db = sqlite3.connect(tmp_path / "ledger.db", autocommit=True)
     for change in (1, -1):
         db.execute("UPDATE accounts SET balance = balance + ? WHERE account = 'bob'", (change,))
-        run = cli("journal")
+        run = inside("journal")
         assert (run.status, "IT DOES NOT ADD UP" in run.out) == ((1, True) if change > 0 else (0, False))
     for change in (1, -1):  # the sum is right, and yet a cent is in the wrong place
         db.execute("UPDATE accounts SET balance = balance + iif(account = 'bob', ?, ?)", (change, -change))
-        assert cli("journal").status == (1 if change > 0 else 0)
+        assert inside("journal").status == (1 if change > 0 else 0)
     # Each balance is the sum of its entries, and yet there is a cent too many: one that went in past the guard.
     db.executescript("""DROP TRIGGER entry_moves_balance;
         UPDATE accounts SET balance = balance + 1 WHERE account = 'bob';
         INSERT INTO entries VALUES ('x-credit', 'x', 'bob', 'alice', 1, 'credit', NULL)""")
     db.executescript(main.SCHEMA)
-    assert cli("journal").status == 1
+    assert inside("journal").status == 1
     db.close()
 
 
@@ -333,11 +333,11 @@ def test_recover_names_what_it_cannot_finish(cli: Cli, ledger: Any) -> None:
     assert "\x1b" not in cli("journal").out
 
 
-def test_names_cannot_drive_the_terminal(cli: Cli, ledger: Any) -> None:
+def test_names_cannot_drive_the_terminal(cli: Cli, inside: Cli, ledger: Any) -> None:
     for number, name in enumerate(["\x1b[31mred", "two\nlines", "\u202eright to left", "žofie"]):
         main.open_account(ledger(), name, 100)
-        assert cli("transfer", f"t{number}", name, "bob", "1").result["source"] == name
-        refused(cli("transfer", f"t{number}", name, "bob", "2")) if number < 3 else None
+        assert inside("transfer", f"t{number}", name, "bob", "1").result["source"] == name
+        refused(inside("transfer", f"t{number}", name, "bob", "2")) if number < 3 else None
     out = cli("journal").out
     assert "žofie" in out
     assert all(line.isprintable() for line in out.splitlines())
