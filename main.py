@@ -1,31 +1,46 @@
-"""A money transfer that loses no money and makes none, whatever crashes: all of it in this one file.
+"""A money transfer that neither loses nor creates money, whatever crashes: this file is all of it.
 
-The usual saga (debit; credit; if that fails, reverse the debit) makes money: the credit lands but reports a failure (a
-timeout, a frozen worker, lost memory), and the reversal pays back what was paid out. One law closes every such gap:
+Money moves between two accounts that cannot be changed in one transaction, like accounts at two
+banks. (Here both are in one SQLite file, so that you can run it, but no step changes both.) The
+usual answer is a saga: debit the source, then credit the target. If the credit fails, reverse the
+debit.
 
-    An op id settles once, as an entry or as a void. Whoever gives up on an op must first take its op id.
+That saga can create money. A credit can report a failure although it has happened, because its
+answer was lost. Or it can happen later, because its process was only slow. If the debit is then
+reversed, the source gets back money that the target also gets. This file prevents that.
+
+operation  one change to one account: the debit, the credit or the reversal of a transfer, or the
+           opening of an account
+op id      the unique name of an operation: transfer id and kind, for example `t1-debit`
+settle     to decide an operation in the ledger, once and for ever: as an entry or as a void
+entry      an operation that has happened: to settle it as an entry also changes the balance
+void       an operation that has not happened and never will. Its row keeps the reason
+in flight  a transfer is in flight if it is debited, and neither credited nor reversed yet
+
+    The rule: before you give up on an operation, settle it as a void.
+    If it is an entry already, it has happened: go on.
 
     debit -- entry --> credit -- entry -----------------> committed
       |                  `------ void --> reversal -----> compensated
       `----- void --------------------------------------> rejected
 
-entry      one final row of the ledger, in cents: an opening, a debit (below zero), a credit or a reversal (above zero)
-op id      the key of an entry, its transfer's id and its kind: `t1-debit`
-void       a row of amount zero under an op id: that entry never happened and never will; it keeps the reason
-in flight  debited, and neither credited nor reversed yet
+Two parts share the work. Resonate is a library that runs `transfer_money` as a workflow, step by
+step. It keeps the result of each step in its promise store: in memory, or on a server. After a
+crash it runs the workflow again, but not the steps whose results it still has. It decides when a
+step runs, and may run a step twice or late. The ledger, a SQLite file, decides what has happened:
+a step that runs again gets the same answer as before.
 
-Resonate's promise store decides when work is done, the ledger what happened. What the first forgets, repeats or does
-too late, the second answers the same way. `python main.py` shows it; `python main.py --help` lists the commands.
+`python main.py` shows it all; `python main.py --help` lists the commands.
 """
 
 import argparse
 import contextlib
-import inspect
-import itertools
+import functools
 import json
 import logging
 import os
 import re
+import secrets
 import signal
 import socket
 import sqlite3
@@ -33,130 +48,288 @@ import subprocess
 import sys
 import tempfile
 import threading
-from collections import Counter
-from collections.abc import Generator
+import time
+from collections.abc import Callable, Generator
+from concurrent.futures import wait
+from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import Any, NamedTuple
 
-if __name__ == "__main__":  # Ctrl-C is quiet from here on: the next import takes a moment
+if __name__ == "__main__":  # to import Resonate takes a moment: Ctrl-C ends it without a traceback
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
 import resonate.resonate as sdk
 from resonate import Context, Resonate
-from resonate.encoders import JsonEncoder
-from resonate.errors import ResonateCanceledError, ResonateTimedoutError
+from resonate.coroutine import LFC
+from resonate.errors import (
+    ResonateCanceledError,
+    ResonateShutdownError,
+    ResonateStoreError,
+    ResonateTimedoutError,
+)
 from resonate.retry_policies import Constant, Never
+from resonate.scheduler import More
 from resonate.stores import LocalStore, RemoteStore
 
-# ---- The ledger: what happened ---------------------------------------------------------------------------------------
+# ---- The ledger: what has happened --------------------------------------------------------------
+
 SCHEMA = """
--- The balance, in cents, is the sum of the account's entries, kept by entry_moves_balance alone.
-CREATE TABLE IF NOT EXISTS accounts (account TEXT PRIMARY KEY, balance INTEGER NOT NULL) STRICT, WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS entries (
-  op_id TEXT PRIMARY KEY, transfer_id TEXT, -- NULL for an opening
-  account TEXT NOT NULL, counterparty TEXT,
-  amount ANY CHECK (typeof(amount) = 'integer'), -- cents; as INTEGER, STRICT would let 30.0 in
-  kind TEXT CONSTRAINT "op id, kind and amount agree" CHECK (CASE kind
-    WHEN 'opening'  THEN op_id = account || '-opening' AND transfer_id IS NULL
-    WHEN 'debit'    THEN amount < 0 AND op_id = transfer_id || '-debit'
-    WHEN 'credit'   THEN amount > 0 AND op_id = transfer_id || '-credit'
-    WHEN 'reversal' THEN amount > 0 AND op_id = transfer_id || '-reversal'
-    WHEN 'void'     THEN amount = 0 AND op_id IN (transfer_id || '-debit', transfer_id || '-credit')
-  END IS TRUE),
-  reason TEXT CHECK ((reason IS NOT NULL) = (kind = 'void'))
+-- Every operation that has settled, in the order in which they settled.
+CREATE TABLE IF NOT EXISTS operations (
+  op_id        TEXT PRIMARY KEY,
+  transfer_id  TEXT NOT NULL,      -- for an opening: the name of the account
+  kind         TEXT NOT NULL,
+  account      TEXT NOT NULL,
+  amount       INTEGER NOT NULL,   -- cents; below zero for a debit
+  counterparty TEXT,               -- the other account; NULL for an opening
+  void         TEXT,               -- NULL for an entry; for a void, the reason
+  CHECK (op_id = transfer_id || '-' || kind),
+  CHECK ((counterparty IS NULL) = (kind = 'opening')),
+  CHECK (counterparty <> account),
+  CHECK (CASE kind WHEN 'opening' THEN transfer_id = account AND void IS NULL
+                   WHEN 'debit' THEN amount < 0
+                   WHEN 'credit' THEN amount > 0
+                   WHEN 'reversal' THEN amount > 0 AND void IS NULL  -- no void: it must happen
+                   ELSE FALSE END)
+) STRICT;
+
+CREATE VIEW IF NOT EXISTS entries AS SELECT * FROM operations WHERE void IS NULL;
+
+CREATE VIEW IF NOT EXISTS in_flight AS
+  SELECT transfer_id, account AS source, counterparty AS target, -amount AS amount
+  FROM entries AS debit
+  WHERE kind = 'debit' AND NOT EXISTS (SELECT 1 FROM entries
+    WHERE op_id IN (debit.transfer_id || '-credit', debit.transfer_id || '-reversal'));
+
+CREATE TABLE IF NOT EXISTS accounts (
+  account TEXT PRIMARY KEY,
+  balance INTEGER NOT NULL         -- cents: the sum of the account's entries
 ) STRICT, WITHOUT ROWID;
--- By MIN(amount), account and counterparty are those of the debit: https://sqlite.org/lang_select.html#bareagg
-CREATE VIEW IF NOT EXISTS in_flight (transfer_id, source, target, amount) AS SELECT transfer_id, account, counterparty,
-  -SUM(amount) FROM entries WHERE kind <> 'opening' GROUP BY transfer_id HAVING SUM(amount) < 0 AND MIN(amount) < 0;
--- AFTER: a BEFORE trigger would fire for an entry that is already there, and refuse its retry.
-CREATE TRIGGER IF NOT EXISTS entry_moves_balance AFTER INSERT ON entries WHEN NEW.kind <> 'void' BEGIN
+
+-- Each new entry changes the balance of its account, unless one of these checks refuses the entry.
+-- `settle`, below, inserts with INSERT OR IGNORE: if the op id exists, no row is inserted.
+-- Why an AFTER trigger: a BEFORE trigger would run even if no row is inserted.
+-- Why RAISE and not CHECK: OR IGNORE hides a failed CHECK, but not a RAISE.
+CREATE TRIGGER IF NOT EXISTS entry_moves_balance AFTER INSERT ON operations WHEN NEW.void IS NULL
+BEGIN
   INSERT INTO accounts SELECT NEW.account, 0 WHERE NEW.kind = 'opening';
   UPDATE accounts SET balance = balance + NEW.amount WHERE account = NEW.account;
-  SELECT RAISE(ABORT, 'unknown account') WHERE changes() = 0;
-  SELECT RAISE(ABORT, 'insufficient funds') FROM accounts WHERE account = NEW.account AND balance < 0;
-  SELECT RAISE(ABORT, 'a transfer never pays out more than it took') WHERE 0 < (SELECT SUM(amount) FROM entries
-    WHERE op_id IN (NEW.transfer_id || '-debit', NEW.transfer_id || '-credit', NEW.transfer_id || '-reversal'));
+  SELECT RAISE(ABORT, 'unknown account')
+    WHERE NOT EXISTS (SELECT 1 FROM accounts WHERE account = NEW.account);
+  SELECT RAISE(ABORT, 'insufficient funds')
+    FROM accounts WHERE account = NEW.account AND balance < 0;
+  -- The sum has this entry in it, and must be 0. So a credit or a reversal needs a debit of the
+  -- same amount, and a transfer cannot have both a credit and a reversal.
+  SELECT RAISE(ABORT, 'a transfer pays out what it took, and only once')
+    WHERE NEW.kind IN ('credit', 'reversal') AND 0 <> (SELECT sum(amount) FROM entries
+      WHERE op_id IN (NEW.transfer_id || '-debit', NEW.transfer_id || '-credit',
+                      NEW.transfer_id || '-reversal'));
 END;
-CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON entries BEGIN SELECT RAISE(ABORT, 'entries are final'); END;
-CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON entries BEGIN SELECT RAISE(ABORT, 'entries are final'); END;
+
+CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON operations
+BEGIN SELECT RAISE(ABORT, 'operations are final'); END;
+CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON operations
+BEGIN SELECT RAISE(ABORT, 'operations are final'); END;
 """
-LOCK = threading.RLock()  # steps run on several threads over one connection: none reads back the row of another
+
+# Resonate runs steps on several threads, and all share one connection. Hold LOCK for every use of
+# it: otherwise inserts are lost, and one thread reads the rows of another (CPython issue 118172).
+LOCK = threading.Lock()
 
 
 class OperationConflict(Exception):
-    """An op id, or a transfer's id, is used again for something else. Never compensated, never silent."""
+    """An op id, or the id of a transfer, is already used for something else."""
 
 
 class TransferRejected(Exception):
-    """A business refusal: unknown account, insufficient funds, a target that says no. Not retried; compensated."""
+    """One operation is refused: unknown account, insufficient funds, a target that refuses."""
 
 
-def open_ledger(path: str = ":memory:", factory: type[sqlite3.Connection] = sqlite3.Connection) -> sqlite3.Connection:
-    """The ledger at `path`, created if there is none. Raises sqlite3.Error if it cannot be used."""
-    with contextlib.closing(sqlite3.connect(path)) as there, contextlib.closing(sqlite3.connect(":memory:")) as model:
-        found, ours = ({*db.execute("SELECT sql FROM sqlite_schema")} for db in (there, model.executescript(SCHEMA)))
-    if (found and not found >= ours) or (os.path.exists(path) and 0 < os.path.getsize(path) < 512):
-        raise sqlite3.DatabaseError("not a ledger of this program, or without one of its guards")
-    db = sqlite3.connect(path, timeout=5, check_same_thread=False, autocommit=True, factory=factory)
-    if not found:
-        db.executescript(f"BEGIN IMMEDIATE; {SCHEMA} COMMIT")
-    with contextlib.suppress(sqlite3.OperationalError):  # busy with another process: the next open sets it
-        db.executescript("PRAGMA journal_mode = WAL")
-    # FULL: a commit survives power loss. Without recursive_triggers, INSERT OR REPLACE would pass by no_delete.
-    db.executescript("PRAGMA synchronous = FULL; PRAGMA recursive_triggers = ON")
-    # A balance moves by an entry: True denies what else would write to accounts, and is no trigger.
-    db.set_authorizer(lambda act, on, _, __, trigger: on == "accounts" and act != sqlite3.SQLITE_READ and not trigger)
-    return db
+class Operation(NamedTuple):
+    """A row of the table `operations`, without the column `void`."""
+
+    op_id: str
+    transfer_id: str
+    kind: str
+    account: str
+    amount: int
+    counterparty: str | None = None
 
 
-def settle(
-    db: sqlite3.Connection, op_id: str, account: str, amount: int, kind: str, other: str | None, void: str | None = None
-) -> str | None:
-    """None if the entry of `amount` cents stands, or the reason of its void; writes the one asked for if neither does.
-    Raises OperationConflict if another row stands, IntegrityError if refused, another sqlite3.Error: nobody knows."""
-    transfer_id = None if kind == "opening" else op_id.removesuffix(f"-{kind}")
-    entry = (op_id, transfer_id, account, other, amount, kind, None)
-    forbids = f"{kind} of {Decimal(abs(amount)).scaleb(-2)}: "
-    row = entry if void is None else (*entry[:4], 0, "void", forbids + void)
+def money(cents: int) -> str:
+    """Cents as people write them: 3000 is 30.00."""
+    return f"{Decimal(cents) / 100:.2f}"
+
+
+def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None) -> str | None:
+    """Settles an operation: as an entry or, if `void` gives a reason, as a void.
+
+    If the operation is settled already, nothing changes. In both cases, returns None if it is now
+    an entry, and the reason if it is now a void.
+
+    Raises OperationConflict if the op id belongs to a different operation, and
+    sqlite3.IntegrityError if the ledger refuses the entry. After any other sqlite3.Error, the
+    outcome is unknown: call again.
+    """
     with LOCK:
-        # What went in stands; else read who has the op id. INSERT OR IGNORE would pass over a broken CHECK, too.
-        done = db.execute("INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (op_id) DO NOTHING", row)
-        stands: Any = row if done.rowcount else db.execute("SELECT * FROM entries WHERE op_id = ?", (op_id,)).fetchone()
-    if stands == entry:
-        return None
-    # A void forbids the amount that it names, or, written by hand without one, any.
-    if stands[:6] == (*entry[:4], 0, "void") and (stands[6].startswith(forbids) or f"{kind} of " not in stands[6]):
-        return str(stands[6])
-    raise OperationConflict(f"{op_id!r} stands for something else, {stands[1:]}: see the journal, or take a new id")
+        if db.in_transaction:  # its owner could roll back what we settle here
+            raise sqlite3.ProgrammingError("settle() needs a connection without a transaction")
+        insert = "INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)"
+        db.execute(insert, (*operation, void))
+        select = "SELECT * FROM operations WHERE op_id = ?"
+        row = db.execute(select, (operation.op_id,)).fetchone()
+    if row is None:  # a failed CHECK: OR IGNORE has skipped the row
+        raise sqlite3.IntegrityError(f"not a valid operation: {operation}")
+    *columns, reason = row
+    settled = Operation(*columns)
+    if settled != operation:
+        used = f"{money(settled.amount)} on account {settled.account}"
+        raise OperationConflict(f"{operation.op_id!r} is already used: {used}")
+    return None if reason is None else str(reason)
 
 
 def open_account(db: sqlite3.Connection, account: str, opening: int = 0) -> None:
-    """Opens an account with `opening` cents, once. Raises OperationConflict if it was opened with another amount."""
-    settle(db, f"{account}-opening", account, opening, "opening", None)
+    """Opens an account that holds `opening` cents. Does nothing if that was done before.
+
+    Raises ValueError for a name or an amount that is not valid, and OperationConflict if the
+    account was opened with another amount.
+    """
+    check_account(account)
+    check_amount(opening, 0)
+    settle(db, Operation(f"{account}-opening", account, "opening", account, opening))
+
+
+def check_account(name: object) -> None:
+    """Raises ValueError unless this is a non-empty str that can be stored as UTF-8."""
+    if type(name) is not str or not name or name != name.encode(errors="ignore").decode():
+        raise ValueError(f"the name of an account is some text, not {name!r:.80}")
+
+
+def check_amount(cents: object, least: int) -> None:
+    """Raises ValueError unless this is an int that is at least `least`, and fits into SQLite."""
+    if type(cents) is not int or not least <= cents < 2**63:
+        allowed = f"a whole number of cents, {least} to 2**63 - 1"
+        raise ValueError(f"an amount is {allowed}, not {cents!r:.80}")
 
 
 def balance(db: sqlite3.Connection, account: str) -> int:
-    """Cents in an account. Raises LookupError if there is no such account."""
-    with LOCK:
-        for (cents,) in db.execute("SELECT balance FROM accounts WHERE account = ?", (account,)):
-            return int(cents)
-    raise LookupError(f"unknown account {account!r}")
+    """The cents in an account. Raises LookupError if there is no such account."""
+    rows = read(db, "SELECT balance FROM accounts WHERE account = ?", account)
+    if not rows:
+        raise LookupError(f"unknown account {account!r}")
+    return int(rows[0][0])
 
 
 def in_flight(db: sqlite3.Connection) -> list[tuple[str, str, str, int]]:
-    """(transfer_id, source, target, cents) of each transfer debited, and neither credited nor reversed."""
+    """Each transfer in flight: its id, source, target and cents."""
+    return read(db, "SELECT transfer_id, source, target, amount FROM in_flight")
+
+
+def outcome(db: sqlite3.Connection, transfer_id: str) -> str:
+    """What the ledger says of a transfer: "committed", "compensated", "rejected" or "in flight".
+
+    It says "unknown" if no debit has settled.
+    """
+    op_ids = [f"{transfer_id}-{kind}" for kind in ("debit", "credit", "reversal")]
+    query = "SELECT kind, iif(void IS NULL, 'entry', 'void') FROM operations WHERE op_id IN (?,?,?)"
+    settled = dict(read(db, query, *op_ids))  # for example {"debit": "entry", "credit": "void"}
+    if "debit" not in settled:
+        return "unknown"
+    if settled["debit"] == "void":
+        return "rejected"
+    if settled.get("credit") == "entry":
+        return "committed"
+    if settled.get("reversal") == "entry":
+        return "compensated"
+    return "in flight"
+
+
+def read(db: sqlite3.Connection, query: str, *parameters: str) -> list[Any]:
+    """The rows that a query finds."""
     with LOCK:
-        return db.execute("SELECT * FROM in_flight").fetchall()
+        return db.execute(query, parameters).fetchall()
 
 
-# ---- The steps: each settles one op ----------------------------------------------------------------------------------
-def apply_entry(
-    ctx: Context, op_id: str, account: str, amount: int, kind: str, *, counterparty: str | None = None
-) -> None:
-    """Writes an entry of `amount` cents, once however often it runs. Raises TransferRejected if the ledger refuses it
-    or its void stands, and OperationConflict as `settle` does."""
+# ---- The ledger as a file -----------------------------------------------------------------------
+
+APPLICATION_ID = 0x6D6F6E65  # "mone" in ASCII: marks a SQLite file as one of our ledgers
+
+
+def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
+    """A connection to the ledger at `path`, which is created if there is none.
+
+    Use it only through the functions of this file, because they hold LOCK. For queries of your own,
+    open a second connection. Raises sqlite3.Error if the file cannot be used or is not a ledger.
+    """
+    # SQLite treats a file shorter than 512 bytes as an empty database, and would overwrite it.
+    if os.path.isfile(path) and 0 < os.path.getsize(path) < 512:
+        raise sqlite3.DatabaseError("this file is not a ledger")
+    db = sqlite3.connect(path, check_same_thread=False, autocommit=True)
     try:
-        reason = settle(ctx.get_dependency("db"), op_id, account, amount, kind, counterparty)
+        create_if_empty(db)
+        if db.execute("PRAGMA application_id").fetchone() != (APPLICATION_ID,):
+            raise sqlite3.DatabaseError("this file is not a ledger, but another program's database")
+        db.executescript(SCHEMA)  # puts back a trigger that somebody has dropped
+        with contextlib.suppress(sqlite3.OperationalError):  # busy: the next open_ledger does it
+            db.execute("PRAGMA journal_mode = WAL")
+        db.execute("PRAGMA synchronous = FULL")  # a commit survives a loss of power
+        db.execute("PRAGMA recursive_triggers = ON")  # no_delete also stops OR REPLACE
+    except sqlite3.Error:
+        db.close()
+        raise
+    db.set_authorizer(only_settle)
+    return db
+
+
+def create_if_empty(db: sqlite3.Connection) -> None:
+    """Makes an empty database a ledger. Several processes may do this at once."""
+    if db.execute("SELECT count(*) FROM sqlite_schema").fetchone() != (0,):
+        return
+    db.execute("BEGIN IMMEDIATE")
+    if db.execute("SELECT count(*) FROM sqlite_schema").fetchone() == (0,):  # still empty
+        db.execute(f"PRAGMA application_id = {APPLICATION_ID}")
+        # SQLite leaves `user_version` to us: it holds a random id of this ledger, for `start`.
+        db.execute(f"PRAGMA user_version = {secrets.randbelow(2**31)}")
+        db.executescript(SCHEMA)
+    db.execute("COMMIT")
+
+
+ALLOWED = (
+    sqlite3.SQLITE_SELECT,
+    sqlite3.SQLITE_READ,
+    sqlite3.SQLITE_FUNCTION,
+    sqlite3.SQLITE_TRANSACTION,
+)
+
+
+def only_settle(
+    action: int, name: str | None, value: str | None, _schema: str | None, trigger: str | None
+) -> int:
+    """Tells SQLite what a statement on this connection may do: read, and settle operations.
+
+    SQLite calls this for each action of a statement. `name` is the table or the pragma, `value` the
+    new value of a pragma, `trigger` the trigger that does the action. So only the trigger can
+    change `accounts`.
+    """
+    reads = action in ALLOWED or (action == sqlite3.SQLITE_PRAGMA and value is None)
+    settles = action == sqlite3.SQLITE_INSERT and name == "operations"
+    if reads or settles or trigger == "entry_moves_balance":
+        return sqlite3.SQLITE_OK
+    return sqlite3.SQLITE_DENY
+
+
+# ---- The steps: each settles one operation ------------------------------------------------------
+
+# `ctx` is Resonate's context of a step. `ctx.get_dependency("db")` is the ledger that `start` got.
+
+
+def apply_entry(ctx: Context, operation: Operation) -> None:
+    """Settles an operation as an entry, once, however often it runs.
+
+    Raises TransferRejected if the ledger refuses the entry, or if the operation is a void.
+    """
+    try:
+        reason = settle(ctx.get_dependency("db"), operation)
     except sqlite3.IntegrityError as refusal:
         reason = str(refusal)
     if reason is not None:
@@ -164,245 +337,777 @@ def apply_entry(
 
 
 def credit_target(
-    ctx: Context, op_id: str, account: str, amount: int, *, counterparty: str | None = None, fail: bool = False
+    ctx: Context, operation: Operation, *, fail: bool = False, lose_answer: bool = False
 ) -> None:
-    """Credits the target with `amount` cents; `fail` simulates a target that refuses. Raises as `apply_entry` does."""
+    """Credits the target. Two simulated faults: with `fail` the target refuses; with `lose_answer`
+    the target is paid, but its answer is lost.
+
+    If your target is another bank, it needs a ledger of its own with the same rule, and you change
+    two functions. This one must ask the target to settle the op id as an entry. `give_up` must ask
+    it to settle the op id as a void, because only the target can say that the credit will never
+    happen. Both then settle the credit in our ledger in the way that the target has answered.
+    """
     if fail:
         raise TransferRejected("the target refused (simulated)")
-    apply_entry(ctx, op_id, account, amount, "credit", counterparty=counterparty)
+    apply_entry(ctx, operation)
+    if lose_answer:
+        raise TimeoutError("no answer from the target (simulated)")
 
 
-def give_up(ctx: Context, why: Exception, op_id: str, account: str, amount: int, kind: str, other: str) -> str | None:
-    """Why the entry never happened and never will, or None: it happened, whatever its caller heard."""
-    reason = (str(why) or repr(why)).encode(errors="backslashreplace").decode()  # nothing said may keep the void out
-    return settle(ctx.get_dependency("db"), op_id, account, amount, kind, other, void=reason)
+def give_up(ctx: Context, operation: Operation, why: Exception) -> str | None:
+    """Settles an operation as a void, unless it has happened.
+
+    Returns the reason of the void. Returns None if the operation is an entry: it has happened,
+    whatever its caller was told.
+    """
+    reason = str(why) or repr(why)  # some exceptions have no text
+    reason = reason.encode(errors="backslashreplace").decode()  # SQLite stores only valid UTF-8
+    return settle(ctx.get_dependency("db"), operation, void=reason)
 
 
-# ---- The saga --------------------------------------------------------------------------------------------------------
-# A refusal, of exactly these types, is an answer. What else such a step raises is a fault, and the SDK runs it again.
-UNTIL_ANSWERED: dict[str, Any] = {"non_retryable_exceptions": (TransferRejected, OperationConflict)}
+# ---- The saga -----------------------------------------------------------------------------------
+
+LOG = logging.getLogger("money-transfer")
+
+# A step that raises one of these exceptions has its answer. After any other exception, Resonate
+# runs the step again, with growing pauses, unless the step has the retry policy Never().
+ANSWERS = (TransferRejected, OperationConflict)
+
+# What the saga yields (steps: LFC is what `ctx.run` returns), what it receives (their results), and
+# what it returns.
+type Step = LFC[None] | LFC[str | None]
+type Result = dict[str, str | int]
+type Saga = Generator[Step, str | None, Result]
 
 
+# How to read a workflow: `yield ctx.run(f, x)` runs the step f(ctx, x), waits, and gives its result
+# or raises its exception. After a crash the workflow starts from the top, but a step whose result
+# is in the promise store does not run again.
 def transfer_money(
-    ctx: Context, transfer_id: str, source: str, target: str, amount: int, *, simulate_credit_failure: bool = False
-) -> Generator[Any, Any, dict[str, Any]]:
-    """Moves `amount` cents. Its result, committed, compensated or rejected, is what the ledger says, whoever asks."""
-    result = {"transfer_id": transfer_id, "status": "committed", "source": source, "target": target, "amount": amount}
-    debit = (f"{transfer_id}-debit", source, -amount, "debit")
-    credit = (f"{transfer_id}-credit", target, amount, "credit")
-    reversal = (f"{transfer_id}-reversal", source, amount, "reversal")
+    ctx: Context,
+    transfer_id: str,
+    source: str,
+    target: str,
+    amount: int,
+    *,
+    simulate_credit_failure: bool = False,
+    simulate_lost_answer: bool = False,
+) -> Saga:
+    """Moves `amount` cents. Its result has a status: "committed", "compensated" or "rejected".
 
+    The result is what the ledger says: the same for whoever asks, and after any crash.
+    """
+
+    def operation(kind: str, account: str, amount: int, counterparty: str) -> Operation:
+        return Operation(f"{transfer_id}-{kind}", transfer_id, kind, account, amount, counterparty)
+
+    debit = operation("debit", source, -amount, target)
+    credit = operation("credit", target, amount, source)
+    reversal = operation("reversal", source, amount, target)
+    result: Result = dict(transfer_id=transfer_id, source=source, target=target, amount=amount)
+
+    # Step 1: debit the source. An OperationConflict ends the transfer: `give_up` raises it again.
     try:
-        yield ctx.run(apply_entry, *debit, counterparty=target).options(**UNTIL_ANSWERED)
+        yield ctx.run(apply_entry, debit).options(non_retryable_exceptions=ANSWERS)
     except Exception as failure:
-        reason = yield ctx.run(give_up, failure, *debit, target).options(**UNTIL_ANSWERED)
+        reason = yield ctx.run(give_up, debit, failure).options(non_retryable_exceptions=ANSWERS)
         if reason is not None:
+            LOG.info("%s rejected: %s", transfer_id, reason)
             return result | {"status": "rejected", "error": reason}
+        # `reason` is None: the debit is an entry. It has happened in spite of the failure. Go on.
 
+    # Step 2: credit the target. Never() is intentional: after one failure, `give_up` decides. If
+    # your target is unreliable, use a policy with some retries.
     try:
-        attempt = ctx.run(credit_target, *credit[:3], counterparty=source, fail=simulate_credit_failure)
-        # Not again: after a failure, the ledger answers. JSON makes text of it: what cannot be unpickled ends the SDK.
-        yield attempt.options(retry_policy=Never(), encoder=JsonEncoder())
-    except Exception as failure:  # any: what failed to answer may have landed
-        reason = yield ctx.run(give_up, failure, *credit, source).options(**UNTIL_ANSWERED)
+        yield ctx.run(
+            credit_target, credit, fail=simulate_credit_failure, lose_answer=simulate_lost_answer
+        ).options(retry_policy=Never())
+    except Exception as failure:
+        # The credit has reported a failure, but it may have happened. `give_up` finds out.
+        LOG.info("%s: the credit failed: %s", transfer_id, failure)
+        reason = yield ctx.run(give_up, credit, failure).options(non_retryable_exceptions=ANSWERS)
         if reason is not None:
-            yield ctx.run(apply_entry, *reversal, counterparty=target).options(**UNTIL_ANSWERED)
+            # Step 3: the credit will never happen, so the source can have its money back.
+            yield ctx.run(apply_entry, reversal).options(non_retryable_exceptions=ANSWERS)
+            LOG.info("%s compensated: %s", transfer_id, reason)
             return result | {"status": "compensated", "error": reason}
-    return result
+        # `reason` is None: the credit is an entry. It has happened in spite of the failure.
+
+    LOG.info("%s committed", transfer_id)
+    return result | {"status": "committed"}
 
 
-# ---- Running it ------------------------------------------------------------------------------------------------------
-type Saga = sdk.Function[..., dict[str, Any]]
-GROUP = "money-transfer"  # whose workers get our transfers, and nothing else: a stranger's task would end them
-LOG = logging.getLogger(GROUP)  # what the SDK says of steps, less the refusals: the saga answers for those
-LOG.addFilter(lambda record: not re.search(r"failed with (TransferRejected|OperationConflict)\(", record.getMessage()))
+# ---- Running it ---------------------------------------------------------------------------------
+
+type Transfer = sdk.Function[..., Saga]  # `transfer_money`, as Resonate has registered it
+
+
+# When a lease ends, another process may take over the transfer. No other process can reach what is
+# in our memory: there, the lease is too long to end.
+LEASE_IN_MEMORY = 10**6  # seconds
 
 
 def start(
-    db: sqlite3.Connection, *, remote: bool = False, group: str = GROUP, workflow: Any = transfer_money
-) -> tuple[Resonate, Saga]:
-    """The SDK, started on this ledger, and the workflow as `submit` and `recover` take it. Promises are in memory or,
-    with `remote`, on the server that RESONATE_HOST and so on name: raises ConnectionError if there is none."""
-    vars(sdk)["ContextLogger"] = lambda *_: LOG  # the SDK would make one for each step, and slow down threefold
-    resonate: Any = Resonate.remote(group=group) if remote else Resonate.local(group=group)
-    store = resonate._store
+    db: sqlite3.Connection, *, remote: bool = False, client: bool = False
+) -> tuple[Resonate, Transfer]:
+    """Starts Resonate for this ledger. Returns Resonate, and the workflow that `submit` needs.
+
+    Promises are kept in memory or, with `remote`, on the server that RESONATE_HOST names. With
+    `remote`, this process is a client or a worker. A client runs only the transfers that it
+    submits. A worker also finishes those of clients that died. Raises ValueError if RESONATE_HOST
+    is not valid, and ConnectionError if no server is there.
+    """
+    # A group is a set of processes that share work. The workers of one ledger are one group: a
+    # worker of another ledger must not run our transfers.
+    [(ledger_id,)] = read(db, "PRAGMA user_version")
+    workers = f"money-transfer-{ledger_id}"
+    # A client is alone in its group, so it gets no work of others. It runs what it submits. If it
+    # dies, a process of the group `target`, below, takes over: one of the workers.
+    group = f"client-{secrets.token_hex(8)}" if client else workers
     if remote:
-        messages = resonate._message_source.url.rsplit("/", 2)[0]
-        try:  # both ports, once, where the SDK would try for ever
-            socket.create_connection(re.findall("//(.+):([0-9]+)", messages)[0], timeout=2).close()
-            RemoteStore(timeout=2, retry_policy=Constant(max_retries=-1)).tasks.heartbeat(pid="nobody")
-        except Exception as error:
-            problem = f"no Resonate server at {store.url} and {messages} ({error!r:.60})"
-            raise ConnectionError(f"{problem}: start `resonate serve`, version 0.8.2") from error
-    else:  # its threads share the store, and only one takes its lock: at hundreds of transfers at once the process died
-        store._cond = type("Lock", (threading.Condition, contextlib.ContextDecorator), {})()  # can wrap a method
-        for part in (store.promises, store.tasks):
-            for name, method in inspect.getmembers(part, inspect.ismethod):
-                setattr(part, name, store._cond(method))
+        resonate = Resonate.remote(group=group)
+    else:
+        resonate = Resonate.local(group=group, ttl=LEASE_IN_MEMORY)
     resonate.set_dependency("db", db)
-    transfer = resonate.register(workflow, name="transfer_money").options(target=GROUP)
+    transfer = resonate.register(transfer_money).options(target=workers)
+    mend(resonate, transfer)  # repairs faults of the SDK: see the last part of this file
     resonate.start()
     return resonate, transfer
 
 
 def submit(
-    transfer: Saga, transfer_id: str, source: str, target: str, amount: int, *, simulate_credit_failure: bool = False
-) -> dict[str, Any]:
-    """Runs a transfer of `amount` cents under its id and returns its result, the same one each time it is asked. Raises
-    ValueError before anything is written if this can be no transfer, OperationConflict if its id is another's."""
-    # To the SDK, the steps of `a` are called `a.1` and `a.2`, and it puts ids into URLs as they are.
-    if not (isinstance(transfer_id, str) and re.fullmatch("[A-Za-z0-9_-]{1,64}", transfer_id)):
-        raise ValueError(f"a transfer id is 1 to 64 of A-Z a-z 0-9 _ -, not {transfer_id!r:.80}")
-    named = (isinstance(name, str) and name and not re.search("[\ud800-\udfff]", name) for name in (source, target))
-    if not all(named) or source == target:
-        raise ValueError(f"source and target are the names of two accounts, not {source!r:.80} and {target!r:.80}")
-    if type(amount) is not int or not 0 < amount < 2**63:
-        raise ValueError(f"an amount is a whole number of cents above 0 and below 2**63, not {amount!r:.80}")
-    request = {"transfer_id": transfer_id, "source": source, "target": target, "amount": amount}
-    with contextlib.suppress(OperationConflict, TransferRejected, ResonateCanceledError, ResonateTimedoutError):
-        result = transfer.run(transfer_id, **request, simulate_credit_failure=simulate_credit_failure)
-        if request.items() <= result.items():
-            return result
-    fresh = f"{transfer_id}~{os.urandom(8).hex()}"  # that promise keeps another answer: by a new one, the ledger's
-    return transfer.run(fresh, **request, simulate_credit_failure=simulate_credit_failure)
+    db: sqlite3.Connection,
+    transfer: Transfer,
+    transfer_id: str,
+    source: str,
+    target: str,
+    amount: int,
+    *,
+    simulate_credit_failure: bool = False,
+    simulate_lost_answer: bool = False,
+) -> Result:
+    """Runs a transfer of `amount` cents under its id. Returns its result, the same every time.
+
+    Raises ValueError for a request that is not valid, before anything is written. Raises
+    OperationConflict if the id is that of another transfer, or if the promise store contradicts
+    the ledger.
+    """
+    # No dot in an id: "t1.1" and "t1.2" are the SDK's names for the steps of "t1". And nothing that
+    # must be escaped in a URL: the SDK does not do that.
+    if type(transfer_id) is not str or not re.fullmatch("[A-Za-z0-9_-]{1,64}", transfer_id):
+        allowed = "1 to 64 letters, digits, hyphens and underscores"
+        raise ValueError(f"a transfer id is {allowed}, not {transfer_id!r:.80}")
+    check_account(source)
+    check_account(target)
+    if source == target:
+        raise ValueError(f"source and target are the same account: {source!r:.80}")
+    check_amount(amount, 1)
+
+    request: Result = dict(transfer_id=transfer_id, source=source, target=target, amount=amount)
+    result: Any
+    try:
+        result = transfer.run(
+            transfer_id,
+            **request,
+            simulate_credit_failure=simulate_credit_failure,
+            simulate_lost_answer=simulate_lost_answer,
+        )
+    except (OperationConflict, ResonateCanceledError, ResonateTimedoutError):
+        result = None  # the promise store has no result for this request
+    # The ledger is right. A result counts only if it is of this request and the ledger agrees:
+    # `<=` is true if `result` has every key of `expected`, with the same value.
+    expected = request | {"status": outcome(db, transfer_id)}
+    if isinstance(result, dict) and expected.items() <= result.items():
+        return result
+    raise OperationConflict(conflict_message(db, transfer_id, source, target, amount))
 
 
-def recover(db: sqlite3.Connection, transfer: Saga) -> list[dict[str, Any]]:
-    """Finishes what is in flight, of which a debit tells all. Returns the results; names on stderr what stays there."""
-    results, in_memory = [], isinstance(transfer._resonate._store, LocalStore)
-    for number, batch in enumerate(itertools.batched(in_flight(db), 200)):  # a store in memory slows down as it fills
-        resonate, saga = start(db, workflow=transfer.func) if in_memory and number else (None, transfer)
-        for request in batch:
-            try:
-                results.append(submit(saga, *request))
-            except Exception as error:
-                print(f"error: {request[0]!r} stays in flight: {error}", file=sys.stderr, flush=True)
-        if resonate is not None:
-            resonate.stop()
-            vars(resonate._bridge).clear()  # a thread of it never ends, and would keep it all
+def conflict_message(
+    db: sqlite3.Connection, transfer_id: str, source: str, target: str, amount: int
+) -> str:
+    """Says why the answer of the promise store is not the result of this request."""
+    query = "SELECT account, counterparty, -amount FROM operations WHERE op_id = ?"
+    rows = read(db, query, f"{transfer_id}-debit")
+    if rows and tuple(rows[0]) != (source, target, amount):
+        payer, payee, paid = rows[0]
+        return f"transfer id {transfer_id!r} is already used: {money(paid)} from {payer} to {payee}"
+    return (
+        f"transfer {transfer_id!r}: the promise store contradicts the ledger. The ledger is right,"
+        f" and says {outcome(db, transfer_id)!r}. If that is in flight, run `recover`. For"
+        " another transfer, use another id"
+    )
+
+
+def recover(
+    db: sqlite3.Connection,
+    transfer: Transfer,
+    report: Callable[[Result], None] = lambda result: None,
+) -> list[Result]:
+    """Finishes each transfer in flight, and needs only the ledger for it. Returns the results.
+
+    Calls `report` with each result as soon as it is known. If a transfer cannot be finished, its
+    result has the status "in flight" and the error.
+    """
+    results = []
+    for transfer_id, source, target, amount in in_flight(db):
+        try:
+            result = submit(db, transfer, transfer_id, source, target, amount)
+        except Exception as error:
+            result = dict(transfer_id=transfer_id, source=source, target=target, amount=amount)
+            result |= {"status": "in flight", "error": str(error)}
+        report(result)
+        results.append(result)
     return results
 
 
-# ---- The command line ------------------------------------------------------------------------------------------------
-def command_ledger(path: str, crash_after: str | None) -> sqlite3.Connection:
-    """The ledger of a command. A new one has two demo accounts. After an entry of that kind, it dies as by kill -9."""
+# ---- The command line ---------------------------------------------------------------------------
 
-    class Ledger(sqlite3.Connection):
-        def execute(self, sql: str, row: Any = (), /) -> sqlite3.Cursor:
-            cursor = super().execute(sql, row)
-            if crash_after in row[5:6]:
-                os.kill(os.getpid(), signal.SIGKILL)
-            return cursor
+ASK_AGAIN = "Nothing is lost. Run the same command again: it finds out what happened"
 
-    db = open_ledger(os.path.abspath(path), Ledger)
-    if not db.execute("SELECT 1 FROM entries").fetchone():  # one statement: it gets both accounts, or neither
-        db.execute("""INSERT INTO entries VALUES ('alice-opening', NULL, 'alice', NULL, 10000, 'opening', NULL),
-            ('bob-opening', NULL, 'bob', NULL, 5000, 'opening', NULL) ON CONFLICT (op_id) DO NOTHING""")
-    return db
+
+def parse() -> argparse.Namespace:
+    """The arguments of the command line. Ends the process with status 2 if they are not valid."""
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument(
+        "--ledger", metavar="FILE", default="ledger.db", help="default: %(default)s"
+    )
+    common.add_argument("-v", "--verbose", action="store_true", help="print what the saga does")
+    common.add_argument(
+        "--crash-after",
+        choices=("debit", "credit", "reversal"),
+        help="kill -9 right after that operation has settled, as an entry or as a void",
+    )
+    cli = argparse.ArgumentParser(
+        prog="main.py", description="Without a command: a tour.", allow_abbrev=False
+    )
+    cli.set_defaults(ledger="ledger.db")  # `main` reads it, also without a command
+    commands = cli.add_subparsers(dest="command", metavar="COMMAND")
+    add = functools.partial(commands.add_parser, parents=[common], allow_abbrev=False)
+
+    opening = add("open", help="open an account; the first one makes the ledger")
+    opening.add_argument("account", metavar="ACCOUNT")
+    opening.add_argument("amount", metavar="AMOUNT", type=cents, help="30 or 30.00")
+
+    transfer = add("transfer", help="move money")
+    transfer.add_argument("id", metavar="ID", help="the same id is the same transfer")
+    transfer.add_argument("source", metavar="SOURCE")
+    transfer.add_argument("target", metavar="TARGET")
+    transfer.add_argument("amount", metavar="AMOUNT", type=cents, help="30 or 30.00")
+    transfer.add_argument("--fail-credit", action="store_true", help="the target refuses")
+    transfer.add_argument(
+        "--lose-answer", action="store_true", help="the target is paid, but no answer comes"
+    )
+    transfer.add_argument("--server", action="store_true", help="use a Resonate server")
+
+    add("recover", help="finish what is in flight")
+    listing = add("journal", help="show the ledger, and whether it adds up")
+    listing.add_argument("id", metavar="ID", nargs="?", help="only this transfer")
+    add("worker", help="finish what clients of a Resonate server left unfinished")
+    return cli.parse_args()
+
+
+def cents(text: str) -> int:
+    """An amount as people write it, in cents: 30 or 30.00 is 3000."""
+    if not re.fullmatch(r"[0-9]{1,15}(\.[0-9]{1,2})?", text):
+        raise argparse.ArgumentTypeError(f"not an amount: {text!r:.80}. Write 30 or 30.00")
+    return int(Decimal(text).scaleb(2))
+
+
+def crash_after(kind: str) -> None:
+    """From now on, this process dies as by kill -9 when an operation of that kind has settled."""
+
+    real_settle = settle
+
+    def settle_and_die(
+        db: sqlite3.Connection, operation: Operation, void: str | None = None
+    ) -> str | None:
+        settled = real_settle(db, operation, void)
+        if operation.kind == kind:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return settled
+
+    globals()["settle"] = settle_and_die  # from now on, the steps call this one
 
 
 def journal(db: sqlite3.Connection, only: str | None = None) -> bool:
-    """Prints entries (of one transfer, or all), what is in flight, and balances. Returns whether it all adds up."""
-    with LOCK:  # one statement is one snapshot, whatever others write meanwhile
-        rows = db.execute("""
-            SELECT 1, transfer_id, op_id, kind, account, amount, reason FROM entries UNION ALL
-            SELECT 0, transfer_id, transfer_id, 'in flight', source, amount, 'to ' || target FROM in_flight UNION ALL
-            SELECT -1, account, '', 'balance', account, balance, NULL FROM accounts ORDER BY 1 DESC, 2, 6""").fetchall()
-    total, off = Counter[str](), Counter[str]()  # by kind; by account, how far its balance is from its entries
-    for sign, transfer_id, op_id, kind, account, amount, note in rows:
-        total[kind] += amount
-        off[account] += sign * amount
-        if sign < 1 or only in (None, transfer_id):
-            line = f"  {op_id:13} {kind:9} {account:9} {Decimal(amount).scaleb(-2):>9}  {note or ''}".rstrip()
-            print(line if line.isprintable() else ascii(line))  # a name must not drive the terminal
-    held, flying, opened = (Decimal(total[kind]).scaleb(-2) for kind in ("balance", "in flight", "opening"))
-    true = held + flying == opened and not any(off.values())
-    verdict = "every cent is somewhere" if true else "IT DOES NOT ADD UP"
-    print(f"  balances {held} + in flight {flying}, openings {opened}: {verdict}", flush=True)
-    return true
+    """Prints the operations, the transfers in flight and the balances.
+
+    If `only` is a transfer id, prints only the operations of that transfer, and whether it is in
+    flight. Always prints the totals, and returns whether the ledger adds up: each balance is the
+    sum of its entries, and all the money of the openings is in accounts or in flight.
+    """
+    every_operation = "SELECT op_id, transfer_id, kind, account, amount, void FROM operations"
+    with LOCK:
+        db.execute("BEGIN")  # one snapshot, whatever others write meanwhile
+        operations = db.execute(f"{every_operation} ORDER BY rowid").fetchall()
+        flights = db.execute("SELECT * FROM in_flight").fetchall()
+        balances = dict(db.execute("SELECT * FROM accounts ORDER BY account"))
+        sums = dict(db.execute("SELECT account, sum(amount) FROM entries GROUP BY account"))
+        db.execute("COMMIT")
+
+    opened = 0
+    for op_id, transfer_id, kind, account, amount, void in operations:
+        if kind == "opening":
+            opened += amount
+        if only in (None, transfer_id):
+            show(op_id, account, amount, f"void: {void}" if void is not None else "")
+    for transfer_id, source, target, amount in flights:
+        if only in (None, transfer_id):
+            show(transfer_id, "in flight", amount, f"from {source} to {target}")
+    if only is None:
+        for account, cents in balances.items():
+            show("balance", account, cents)
+
+    held = sum(balances.values())
+    moving = sum(cents for *_, cents in flights)
+    adds_up = balances == sums and held + moving == opened
+    verdict = "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
+    where = f"{money(held)} in accounts + {money(moving)} in flight"
+    print(f"  {where}, {money(opened)} opened: {verdict}", flush=True)
+    return adds_up
+
+
+def show(name: str, account: str, amount: int, note: str = "") -> None:
+    """Prints a line of the journal."""
+    columns = f"  {name:14} {account:10} {money(amount):>10}"
+    print(printable(f"{columns}  {note}".rstrip()))
+
+
+def printable(line: str) -> str:
+    """The line, with its control characters escaped: they could affect the terminal."""
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in line)
+
+
+class Scene(NamedTuple):
+    """A command of the tour, and what it must lead to."""
+
+    title: str
+    transfer_id: str
+    command: str
+    status: int
+    alice: int
+    bob: int
+
+
+# Title, transfer id and command; then what is expected: exit status, cents of alice and of bob.
+TOUR = (
+    Scene("alice pays bob", "t1", "transfer t1 alice bob 30", 0, 7000, 8000),
+    Scene("The target refuses", "t2", "transfer t2 alice bob 20 --fail-credit", 1, 7000, 8000),
+    Scene("Its answer is lost", "t3", "transfer t3 alice bob 5 --lose-answer -v", 0, 6500, 8500),
+    Scene("alice has no 500.00", "t4", "transfer t4 alice bob 500", 1, 6500, 8500),
+    Scene("The first again: nothing moves", "t1", "transfer t1 alice bob 30", 0, 6500, 8500),
+    Scene("kill -9", "t5", "transfer t5 alice bob 10 --crash-after debit", -9, 5500, 8500),
+    Scene("Finished from the ledger alone", "t5", "recover", 0, 5500, 9500),
+)
 
 
 def tour() -> int:
-    """The story: each scene is a command that anybody can type, checked against its claim. Returns the exit status."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # leaves by way of the folder's clean-up
-    scenes = (  # the transfer, what happens, the command, its exit status, and the cents of alice and bob
-        ("t1", "alice pays bob", "transfer t1 alice bob 30", 0, 7000, 8000),
-        ("t2", "The credit is refused, the debit reversed", "transfer t2 alice bob 20 --fail-credit", 1, 7000, 8000),
-        ("t3", "alice has no 500.00: the debit is made void", "transfer t3 alice bob 500", 1, 7000, 8000),
-        ("t1", "The first again, by a process that remembers nothing", "transfer t1 alice bob 30", 0, 7000, 8000),
-        ("t4", "kill -9 right after a debit", "transfer t4 alice bob 10 --crash-after debit", -9, 6000, 8000),
-        ("t4", "Finished from the ledger alone", "recover", 0, 6000, 9000),
-    )
+    """Runs the commands of TOUR, each in a process of its own, and checks what they leave."""
+    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # removes the folder on the way out
     with tempfile.TemporaryDirectory() as folder:
-        for only, title, words, *claim in scenes:
-            print(f"\n# {title}\n$ python main.py {words}", flush=True)
-            status = subprocess.call([sys.executable, __file__, *words.split(), "--ledger", f"{folder}/ledger.db"])
-            with contextlib.closing(open_ledger(f"{folder}/ledger.db")) as db:
-                if not journal(db, only) or claim != [status, balance(db, "alice"), balance(db, "bob")]:
-                    return failed(f"the tour claims {claim}, and that is not so")
+        ledger = f"{folder}/ledger.db"
+        print("# Two accounts")
+        for command in ("open alice 100", "open bob 50"):
+            run_command(command, ledger)
+        for scene in TOUR:
+            print(f"\n# {scene.title}")
+            status = run_command(scene.command, ledger)
+            with contextlib.closing(open_ledger(ledger)) as db:
+                adds_up = journal(db, scene.transfer_id)
+                found = status, balance(db, "alice"), balance(db, "bob")
+            if not adds_up or found != (scene.status, scene.alice, scene.bob):
+                return failed(f"the tour claims {scene}, but found {found}")
     return 0
 
 
-def worker(db: sqlite3.Connection) -> int:
-    """Works for GROUP until SIGINT or SIGTERM, which end it with status 0, and prints what it finishes."""
+def run_command(command: str, ledger: str) -> int:
+    """Runs a command as a process of its own. Returns its exit status."""
+    print(f"$ python main.py {command}", flush=True)
+    words = [sys.executable, __file__, *command.split(), "--ledger", ledger]
+    status = subprocess.call(words, stderr=subprocess.STDOUT)
+    if status == -signal.SIGKILL:
+        print("Killed")
+    return status
 
-    def announced(*request: Any, **more: Any) -> Generator[Any, Any, dict[str, Any]]:
-        result = yield from transfer_money(*request, **more)
-        print(json.dumps(result), flush=True)
-        return result
 
+def worker(db: sqlite3.Connection, ledger: str) -> int:
+    """Runs what clients have left, until SIGINT or SIGTERM. Returns 2 if the SDK stops before."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: os._exit(0))
-    store: Any = start(db, remote=True, workflow=announced)[0]._store
-    print(f"worker of {GROUP} at {store.url}", flush=True)
-    return threading.Event().wait()
+    resonate, _ = start(db, remote=True)
+    server, wait_until_stopped = server_of(resonate)
+    print(f"worker on {os.path.abspath(ledger)} at {server}", flush=True)
+    wait_until_stopped()
+    return failed("the SDK has stopped: start the worker again")
 
 
-def failed(error: object, ledger: str = "") -> int:
-    """Says on stderr, in one line, what is wrong, and with a ledger, what to do. Returns the exit status, 2."""
-    line = f"{ledger}: {error}. Nothing is lost: mend that, and run the same command again" if ledger else str(error)
-    print("error:", line if line.isprintable() else ascii(line), file=sys.stderr, flush=True)
+def failed(error: object) -> int:
+    """Says in one line on stderr what is wrong. Returns the exit status."""
+    print(printable(f"error: {error}"), file=sys.stderr, flush=True)
     return 2
 
 
-def main() -> int:
-    """Runs a command. Returns the exit status: 0 well, 1 not well (compensated, rejected, in flight), 2 an error."""
-    cli = argparse.ArgumentParser("python main.py", exit_on_error=False, allow_abbrev=False)
-    cli.add_argument("command", nargs="*", help="transfer ID SOURCE TARGET AMOUNT, recover, journal, worker")
-    cli.add_argument("--ledger", metavar="FILE", default="ledger.db", help="default: %(default)s")
-    cli.add_argument("--server", action="store_true", help="transfer, recover: by way of a Resonate server")
-    cli.add_argument("--fail-credit", action="store_true", help="transfer: let the target refuse")
-    cli.add_argument("--crash-after", choices=("debit", "credit", "void", "reversal"), help="kill -9 after such a row")
+def run(args: argparse.Namespace) -> int:
+    """Runs a command. Returns its exit status: 0 done, 1 not done or not right, 2 an error."""
+    if args.command is None:
+        return tour()
+    if args.verbose or args.command == "worker":
+        logging.basicConfig(format="%(message)s", stream=sys.stdout)
+        logging.raiseExceptions = False  # no traceback if the output is closed, as by `| head`
+        LOG.setLevel(logging.INFO)
+    if args.crash_after:
+        crash_after(args.crash_after)
+    is_new = not os.path.exists(args.ledger) or os.path.getsize(args.ledger) == 0
+    if is_new and args.command != "open":
+        return failed(f"no ledger at {args.ledger}: `open` an account to make one")
+    if not is_new and not os.access(args.ledger, os.W_OK):
+        return failed(f"{args.ledger} is read-only")
+    report_sdk_failure_in_one_line()
+    with contextlib.closing(open_ledger(os.path.abspath(args.ledger))) as db:
+        match args.command:
+            case "open":
+                return run_open(db, args)
+            case "transfer":
+                return run_transfer(db, args)
+            case "recover":
+                return run_recover(db)
+            case "journal":
+                return 0 if journal(db, args.id) else 1
+            case _:
+                return worker(db, args.ledger)
+
+
+def run_open(db: sqlite3.Connection, args: argparse.Namespace) -> int:
+    open_account(db, args.account, args.amount)
+    print_result({"account": args.account, "opening": args.amount})
+    return 0
+
+
+def run_transfer(db: sqlite3.Connection, args: argparse.Namespace) -> int:
+    for account in (args.source, args.target):
+        check_account(account)
+        balance(db, account)  # raises LookupError if there is no such account
+    _, transfer = start(db, remote=args.server, client=True)
+    simulate = {
+        "simulate_credit_failure": args.fail_credit,
+        "simulate_lost_answer": args.lose_answer,
+    }
     try:
-        args, unknown = cli.parse_known_intermixed_args()
-        if len(sys.argv) == 1:
-            return tour()
-        command, *request = [*args.command, *unknown] or [""]
-        takes = {"transfer": 4, "recover": 0, "journal": 0, "worker": 0}.get(command)
-        if len(request) != takes or (args.fail_credit and command != "transfer"):
-            raise ValueError(f"not a command: {' '.join(sys.argv[1:])!r:.80}; see python main.py --help")
-        if request and not re.fullmatch(r"[0-9]{1,17}(\.[0-9]{1,2})?", request[3]):
-            raise ValueError(f"an amount is written 30 or 30.00, not {request[3]!r:.80}")
-        request[3:] = [int(Decimal(text).scaleb(2)) for text in request[3:]]  # cents
-        with contextlib.closing(command_ledger(args.ledger, args.crash_after)) as db:
-            # A fault in a step ends a command: every crash is safe, so it need not wait.
-            LOG.addFilter(lambda record: os._exit(failed(vars(record)["args"][2], args.ledger)))  # what it failed with
-            if command == "journal":
-                return not journal(db)
-            if command == "worker":
-                return worker(db)
-            # A client has a group of its own: in that of the workers it would be handed transfers, and leave.
-            _, transfer = start(db, remote=args.server, group=f"client-{os.urandom(8).hex()}")
-            if command == "recover":
-                for result in recover(db, transfer):
-                    print(json.dumps(result), flush=True)
-                return bool(in_flight(db))
-            result = submit(transfer, *request, simulate_credit_failure=args.fail_credit)
-            print(json.dumps(result), flush=True)
-            return 0 if result["status"] == "committed" else 1
-    except Exception as error:  # who closed the pipe, as `| head` does, knows
-        ledger = args.ledger if isinstance(error, sqlite3.Error) else ""
-        return 2 if isinstance(error, BrokenPipeError) else failed(error, ledger)
+        result = submit(db, transfer, args.id, args.source, args.target, args.amount, **simulate)
+    except (ValueError, OperationConflict, sqlite3.Error):
+        raise
+    except Exception as error:
+        says = f"the ledger says {outcome(db, args.id)!r} of {args.id!r}"
+        return failed(f"{error}: {says}. {ASK_AGAIN}")
+    print_result(result)
+    return 0 if result["status"] == "committed" else 1
+
+
+def run_recover(db: sqlite3.Connection) -> int:
+    _, transfer = start(db)
+    recover(db, transfer, print_result)
+    return 1 if in_flight(db) else 0
+
+
+def print_result(result: Result) -> None:
+    print(json.dumps(result), flush=True)
+
+
+def main() -> int:
+    args = parse()
+    try:
+        return run(args)
+    except BrokenPipeError:
+        return 2  # nobody reads the output any more, as after `| head`
+    except sqlite3.Error as error:
+        return failed(f"{args.ledger}: {error}. {ASK_AGAIN}")
+    except Exception as error:
+        return failed(error)
+
+
+# ---- Mending SDK 0.6.7 --------------------------------------------------------------------------
+
+# Each function repairs a fault of the SDK. "Without it" says what happens without that function.
+# The store keeps promises and tasks; the scheduler runs workflows; the processor runs steps; the
+# bridge connects them, on a thread of its own. Only this part uses private names of the SDK: that
+# is one reason why pyproject.toml holds it below 0.7.
+
+
+def mend(resonate: Resonate, transfer: Transfer) -> None:
+    """Repairs this engine, and `transfer.run`."""
+    engine: Any = resonate
+    use_one_logger()
+    carry_whatever_steps_raise(engine._bridge._processor)
+    if isinstance(engine._store, LocalStore):
+        guard_store_in_memory(engine._store)
+        forget_what_is_finished(engine._store, engine._bridge, transfer)
+    else:
+        require_server(engine._store, engine._message_source)
+        outlast_server_errors(engine._store)
+        watch_while_waiting(engine._bridge, transfer)
+
+
+def use_one_logger() -> None:
+    """Makes all steps log to LOG.
+
+    Without it, the SDK makes a logger for each step, keeps it for ever, and slows down.
+    """
+    vars(sdk)["ContextLogger"] = lambda *_: LOG
+    LOG.addFilter(is_worth_logging)
+
+
+def is_worth_logging(record: logging.LogRecord) -> bool:
+    """False if the SDK says that a step has failed for good: the saga handles that and logs it."""
+    return record.msg != "RuntimeError. Function %s(%s) failed with %s"
+
+
+def carry_whatever_steps_raise(processor: Any) -> None:
+    """Replaces each exception of a step by one that the SDK can pass on to the saga.
+
+    Without it, a SystemExit or a CancelledError in a step makes its transfer hang for ever, and an
+    exception that cannot be pickled, or has no text, ends the whole process.
+    """
+    enqueue = processor.enqueue
+
+    def enqueue_carried(step: Callable[[], object], callback: Callable[[Any], None]) -> None:
+        enqueue(functools.partial(carried, step), callback)
+
+    processor.enqueue = enqueue_carried
+
+
+def carried(step: Callable[[], object]) -> object:
+    """Runs a step. Returns its value if that is text, and else None: the saga reads nothing else.
+
+    An exception of ANSWERS keeps its type and text. Any other becomes a plain Exception whose text
+    begins with the name of its type.
+    """
+    try:
+        value = step()
+    except BaseException as error:
+        if type(error) in ANSWERS:
+            raise type(error)(text_of(error)) from None
+        fault = f"{type(error).__name__}: {text_of(error)}"
+        raise Exception(fault.removesuffix(": ")) from None
+    return value if type(value) is str else None
+
+
+def text_of(error: BaseException) -> str:
+    """What an exception says; nothing if it cannot say it."""
+    try:
+        return str(error)
+    except BaseException:
+        return ""
+
+
+class Locked:
+    """An object whose methods run under a lock."""
+
+    def __init__(self, inner: object, lock: threading.Condition) -> None:
+        self.inner = inner
+        self._lock = lock
+
+    def __getattr__(self, name: str) -> Callable[..., Any]:
+        method = getattr(self.inner, name)
+
+        def locked(*args: Any, **kwargs: Any) -> Any:
+            with self._lock:
+                return method(*args, **kwargs)
+
+        return locked
+
+
+def guard_store_in_memory(store: Any) -> None:
+    """Lets one thread at a time use the store in memory.
+
+    Without it, threads change dicts that others iterate, and the process ends when hundreds of
+    transfers run at once.
+    """
+    store._promises = Locked(store._promises, store._cond)
+    store._tasks = Locked(store._tasks, store._cond)
+
+
+@dataclass
+class Forget:
+    """Says to the scheduler that nobody waits for transfer `cid` any more."""
+
+    cid: str
+
+
+def forget_what_is_finished(store: Any, bridge: Any, transfer: Any) -> None:
+    """Removes a transfer from the store in memory when its caller has the result.
+
+    Without it, memory grows with each transfer, and each is slower than the one before. The ledger
+    remembers, so the store need not. A transfer must be removed on the scheduler's own thread, when
+    the scheduler is done with it: so a caller that has its result sends a command there. Until that
+    has arrived, the same transfer does not start again.
+    """
+    promises, tasks = store._promises.inner._promises, store._tasks.inner._tasks
+    computations = bridge._scheduler.computations
+    step = bridge._scheduler.step
+    busy = set[str]()  # transfers that run, or are still to be forgotten
+    changed = threading.Condition()
+
+    def run_and_forget(transfer_id: str, /, *args: Any, **kwargs: Any) -> Any:
+        with changed:
+            changed.wait_for(
+                lambda: transfer_id not in busy or not bridge._bridge_thread.is_alive()
+            )
+            busy.add(transfer_id)
+        try:
+            handle = transfer.begin_run(transfer_id, *args, **kwargs)
+            handle.done()  # in spite of its name, asks to be told of the result
+            while not wait([handle.future], timeout=2).done:
+                if not bridge._bridge_thread.is_alive():
+                    raise ConnectionError("Resonate was stopped")
+            return handle.result()
+        finally:
+            bridge._cq.put(Forget(transfer_id))
+
+    def step_or_forget(command: Any, future: Any = None) -> Any:
+        if not isinstance(command, Forget):
+            return step(command, future)
+        forget(command.cid)
+        with changed:
+            busy.discard(command.cid)
+            changed.notify_all()
+        return More([])
+
+    def forget(transfer_id: str) -> None:
+        computation = computations.get(transfer_id)
+        if computation is None or computation.result() is None:
+            return  # its caller was interrupted, and it still runs
+        with store._cond:
+            for node in computation.graph.traverse():
+                promises.pop(node.id, None)
+                tasks.pop(f"__invoke:{node.id}", None)
+        bridge._promise_id_to_task.pop(transfer_id, None)
+        del computations[transfer_id]
+
+    transfer.run, bridge._scheduler.step = run_and_forget, step_or_forget
+
+
+def require_server(store: Any, source: Any) -> None:
+    """Raises an error at once if RESONATE_HOST is not valid or no server answers there.
+
+    Without it, the SDK tries to connect for ever.
+    """
+    for host in (store._host, source._host):
+        if not re.fullmatch(r"https?://([^/:\[\]]+|\[[0-9A-Fa-f:.]+\])", host):
+            raise ValueError(
+                f"RESONATE_HOST is written http://HOST, not {host!r}. The ports are"
+                " RESONATE_PORT_STORE and RESONATE_PORT_MESSAGE_SOURCE"
+            )
+    try:
+        tries_once = RemoteStore(retry_policy=Constant(max_retries=-1))
+        tries_once.tasks.heartbeat(pid="nobody")  # any call will do
+        host = source._host.split("//")[1].strip("[]")
+        socket.create_connection((host, source._port), timeout=5).close()
+    except Exception as error:
+        raise ConnectionError(
+            f"no Resonate server at {store.url} and {source._host}:{source._port}"
+            f" ({error!r:.60}): start `resonate serve`, version 0.8.2"
+        ) from error
+
+
+def outlast_server_errors(store: Any) -> None:
+    """Calls a server again while it answers 503, and ignores errors of `complete` and `heartbeat`.
+
+    Without it, a server that restarts, and answers 503 meanwhile, ends its clients and workers. And
+    a process ends with an error, although its transfer is done, if only the last call fails.
+    """
+    call, complete, heartbeat = store.call, store._tasks.complete, store._tasks.heartbeat
+
+    def call_until_available(request: Any) -> Any:
+        while True:
+            try:
+                return call(request)
+            except ResonateStoreError as error:
+                answer = getattr(error.__cause__, "response", None)
+                if answer is None or answer.status_code != 503:
+                    raise
+            time.sleep(1)
+
+    def complete_if_possible(id: str, counter: int) -> bool:
+        with contextlib.suppress(Exception):
+            complete(id, counter)
+        return True
+
+    def heartbeat_if_possible(pid: str) -> int:
+        with contextlib.suppress(Exception):
+            return int(heartbeat(pid))
+        return 1  # tasks may be left: go on
+
+    store.call = call_until_available
+    store._tasks.complete = complete_if_possible
+    store._tasks.heartbeat = heartbeat_if_possible
+
+
+WAITING = (
+    "Waiting for %s. If the process that ran it has died, a worker finishes it within 15 seconds:"
+    " python main.py worker"
+)
+PROMISE_EXISTS = 100.409  # the SDK's code for a promise that belongs to another request
+
+
+def watch_while_waiting(bridge: Any, transfer: Any) -> None:
+    """Lets a client that waits say so, notice that the SDK has stopped, and ask again.
+
+    Without it, a client waits in silence. It waits for ever if the SDK has stopped, or if the
+    server has lost the transfer.
+    """
+
+    def run_and_watch(transfer_id: str, /, *args: Any, **kwargs: Any) -> Any:
+        said = False
+        while bridge._bridge_thread.is_alive():
+            # Ask again and again: if the server has lost the transfer, this creates it again.
+            handle = transfer.begin_run(transfer_id, *args, **kwargs)
+            handle.done()  # in spite of its name, asks to be told of the result
+            if wait([handle.future], timeout=2).done:
+                return handle.result()
+            if not said:
+                LOG.warning(WAITING, transfer_id)
+                said = True
+        raise ConnectionError("the SDK has stopped")
+
+    def run_or_conflict(transfer_id: str, /, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return run_and_watch(transfer_id, *args, **kwargs)
+        except (ConnectionError, ResonateShutdownError):
+            raise
+        except Exception as error:
+            if isinstance(error, ResonateStoreError) and error.code != PROMISE_EXISTS:
+                raise
+            # The promise belongs to another request, was rejected, or cannot be read.
+            raise OperationConflict(str(error)) from error
+
+    transfer.run = run_or_conflict
+
+
+def server_of(resonate: Any) -> tuple[str, Callable[[], None]]:
+    """The address of the server, and a function that waits until the SDK has stopped.
+
+    Without that wait, a worker lives on after the SDK has stopped, and does nothing.
+    """
+    return resonate._store.url, resonate._bridge._bridge_thread.join
+
+
+class LastWords(logging.Handler):
+    """Ends the process with a line and status 2 when the SDK gives up.
+
+    Without it, the SDK prints a page of traceback, and the process ends with status 1.
+    """
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert isinstance(record.args, tuple)
+        _version, _thread, error, *_traceback = record.args
+        os._exit(failed(f"the SDK has stopped: {error}. {ASK_AGAIN}"))
+
+
+def report_sdk_failure_in_one_line() -> None:
+    """Makes a command print one line, and no traceback, when the SDK gives up."""
+    logger = logging.getLogger("resonate.utils")
+    logger.addHandler(LastWords())
+    logger.propagate = False
 
 
 if __name__ == "__main__":

@@ -1,17 +1,21 @@
-"""What it costs, measured: `uv run tests/benchmark.py`, four minutes (`--quick`: under a minute, and rough).
+"""What it costs, measured: `uv run tests/benchmark.py`, under four minutes on two cores.
 
-Two things at a time, in turn and then in the opposite order, in several rounds. A row gives the minimum, the median and
-the maximum of their ratio in each round, and the median of both. Progress goes to stderr. Everything is in a temporary
-folder, and if that is no real disk (see TMPDIR), `in a file` says nothing.
+--quick takes less than a minute, and its figures are rough. --long makes 100,000 transfers in one
+process, twice, where the default makes 10,000: that takes about ten minutes more. --others adds
+DBOS and LangGraph, installed from the package index outside the project.
+
+What is compared takes turns, in several rounds. A row gives the minimum, the median and the maximum
+over the rounds of its first column divided by its second, and the median of both columns. Progress
+goes to stderr. All files are in a temporary folder, which TMPDIR should have on a real disk.
 """
 
 import argparse
 import contextlib
 import datetime
 import itertools
+import json
 import os
 import platform
-import re
 import shutil
 import signal
 import socket
@@ -22,386 +26,646 @@ import sys
 import tempfile
 import threading
 import time
-import timeit
-from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib.metadata import version
-from multiprocessing import get_context
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+if __name__ == "__main__":  # the next import takes a moment: Ctrl-C is quiet from here on
+    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
 
-import main  # noqa: E402
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-MAIN = str(ROOT / "main.py")
+from resonate import Resonate
+from resonate.retry_policies import Never
+
+import main
+
+MAIN = str(Path(main.__file__).resolve())
+STARTED = float(os.environ.setdefault("BENCHMARK_STARTED", str(time.monotonic())))
 NUMBERS = itertools.count(os.getpid() << 32)
-IDS = (f"{n * 0x9E3779B97F4A7C15 % 2**64:016x}" for n in NUMBERS)  # all different, in no order, as UUIDs are
-REQUEST = {"source": "alice", "target": "bob", "amount": 1}
 
-# ---- What it is compared with ----------------------------------------------------------------------------------------
-
-COLUMNS = "transfer_id TEXT, account TEXT, counterparty TEXT, amount INTEGER, kind TEXT, reason TEXT"
-BARE = f"CREATE TABLE IF NOT EXISTS entries (op_id TEXT, {COLUMNS})"
-USUAL = BARE.replace("op_id TEXT", "op_id TEXT PRIMARY KEY") + "; CREATE INDEX IF NOT EXISTS i ON entries (account)"
-INSERT = "INSERT INTO entries VALUES (?, ?, ?, ?, ?, ?, ?)"
-LOCK = threading.Lock()  # bare INSERTs need one too: threads that share a connection without it lose rows
+# ---- Measuring and printing ---------------------------------------------------------------------
 
 
-def grown(db: sqlite3.Connection) -> sqlite3.Connection:
-    """With a WAL as long as it gets: to lengthen the file would cost more than to write to it."""
-    db.executescript("CREATE TABLE hole AS SELECT zeroblob(5000000); DROP TABLE hole; PRAGMA wal_checkpoint(RESTART)")
-    return db
-
-
-def plain(path: str, schema: str) -> sqlite3.Connection:
-    """A table without guards, as durable as the ledger."""
-    db = sqlite3.connect(path, timeout=5, check_same_thread=False, autocommit=True)
-    db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; {schema}")
-    return grown(db)
-
-
-def bare(ctx: Any, op_id: str, account: str, amount: int, kind: str, *, counterparty: str) -> None:
-    """The entry as a bare INSERT."""
-    with LOCK:
-        row = (op_id, op_id.removesuffix(f"-{kind}"), account, counterparty, amount, kind, None)
-        ctx.get_dependency("db").execute(INSERT, row)
-
-
-def usual(ctx: Any, op_id: str, account: str, amount: int, kind: str, *, counterparty: str) -> None:
-    """The entry as a bare INSERT, once the sum of the account's entries allows it."""
-    total = "SELECT SUM(amount) FROM entries WHERE account = ?"
-    if amount < 0 and ctx.get_dependency("db").execute(total, (account,)).fetchone()[0] + amount < 0:
-        raise ValueError("insufficient funds")
-    bare(ctx, op_id, account, amount, kind, counterparty=counterparty)
-
-
-def nothing(*_args: Any, **_kwargs: Any) -> None:
-    """No entry: what is left is the SDK."""
-
-
-def two_steps(step: Callable[..., None]) -> Callable[..., Any]:
-    """The saga as it would be if nothing ever went wrong."""
-
-    def workflow(ctx, transfer_id, source, target, amount, *, simulate_credit_failure=False):
-        yield ctx.run(step, f"{transfer_id}-debit", source, -amount, "debit", counterparty=target)
-        yield ctx.run(step, f"{transfer_id}-credit", target, amount, "credit", counterparty=source)
-        return {"transfer_id": transfer_id, "status": "committed", "source": source, "target": target, "amount": amount}
-
-    return workflow
-
-
-# ---- Measuring and printing ------------------------------------------------------------------------------------------
+def new_id() -> str:
+    """An id that no other call returns. They come in no order, as UUIDs do."""
+    return f"{next(NUMBERS) * 0x9E3779B97F4A7C15 % 2**64:016x}"
 
 
 def progress(text: str) -> None:
-    print(f"... {text}", file=sys.stderr, flush=True)
+    print(f"{time.monotonic() - STARTED:4.0f} s  {text}", file=sys.stderr, flush=True)
 
 
-def race[T](label: str, rounds: int, runs: dict[T, Callable[[], float]], passes: int = 1) -> dict[T, list[float]]:
-    """The median of what each measures in each round, where all run in turn and again in the opposite order."""
-    rows: dict[T, list[float]] = {name: [] for name in runs}
+def race[T](
+    label: str, rounds: int, runs: dict[T, Callable[[], float]], turns: int = 2
+) -> dict[T, list[float]]:
+    """What each measures in each round, as they take turns, forwards and then backwards."""
+    measured: dict[T, list[float]] = {name: [] for name in runs}
     for number in range(rounds):
         progress(f"{label}: round {number + 1} of {rounds}")
-        measured = [(name, runs[name]()) for name in [*runs, *reversed(runs)] * passes]
+        figures: dict[T, list[float]] = {name: [] for name in runs}
+        for name in [*runs, *reversed(runs)] * turns:
+            figures[name].append(runs[name]())
         for name in runs:
-            rows[name].append(statistics.median(value for other, value in measured if other == name))
-    return rows
+            measured[name].append(statistics.median(figures[name]))
+    return measured
 
 
-def head(title: str) -> None:
-    print(f"\n{title:64}{'min':>8}{'median':>8}{'max':>8}{'first':>12}{'second':>12}", flush=True)
+def table(title: str, unit: str, first: str = "ours", second: str = "theirs") -> None:
+    print(f"\n{title}, {unit}")
+    print(f"{'':56}{'min':>8}{'median':>8}{'max':>8}{first:>12}{second:>12}", flush=True)
 
 
-def row(title: str, first: list[float], second: list[float], show: str = "time") -> None:
-    """The ratio of two times, of the rates that they make (`show` is `rate`) or of two sizes (`MiB`)."""
-
-    def figure(values: list[float]) -> str:
-        value = statistics.median(values)
-        short = f"{value * 1e6:,.1f} us" if value < 1e-3 else f"{value * 1e3:,.1f} ms"
-        return {"time": short, "rate": f"{1 / value:,.0f} /s", "MiB": f"{value:,.0f} MiB"}[show]
-
-    ratios = [b / a if show == "rate" else a / b for a, b in zip(first, second, strict=True)]
-    three = (f"{r:8.2f}" if r < 100 else f"{r:8,.0f}" for r in (min(ratios), statistics.median(ratios), max(ratios)))
-    print(f"  {title:62}{''.join(three)}{figure(first):>12}{figure(second):>12}", flush=True)
+def row(title: str, first: list[float], second: list[float]) -> None:
+    ratios = [a / b for a, b in zip(first, second, strict=True)]
+    shown = [min(ratios), statistics.median(ratios), max(ratios)]
+    columns = "".join(f"{ratio:8.2f}" if ratio < 100 else f"{ratio:8,.0f}" for ratio in shown)
+    figures = "".join(f"{statistics.median(column):12,.0f}" for column in (first, second))
+    print(f"  {title:54}{columns}{figures}", flush=True)
 
 
-def in_child[T](function: Callable[..., T], *args: Any) -> T:
-    """What the function returns, in a process of its own: its memory and its threads are no other row's."""
-    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
-        return pool.submit(function, *args).result()
+def answer(*command: str) -> Any:
+    """What another process prints last, as JSON. It and its children end with this call."""
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, text=True, cwd=Path(MAIN).parent, process_group=0
+    )
+    try:
+        output, _ = process.communicate()
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise
+    if process.returncode != 0:
+        raise ChildProcessError(f"{Path(command[0]).name} ended with {process.returncode}")
+    return json.loads(output.splitlines()[-1])
 
 
-def funded(path: str) -> sqlite3.Connection:
-    db = grown(main.open_ledger(path))
+def in_child(function: Callable[..., Any], *args: Any) -> Any:
+    """What a function of this file returns in a process whose memory and threads are its own."""
+    return answer(sys.executable, __file__, "--child", json.dumps([function.__name__, args]))
+
+
+# ---- What it is compared with -------------------------------------------------------------------
+
+COLUMNS = "transfer_id TEXT, kind TEXT, account TEXT, amount INTEGER, counterparty TEXT, void TEXT"
+BARE = f"CREATE TABLE operations (op_id TEXT, {COLUMNS})"
+USUAL = f"""
+CREATE TABLE operations (op_id TEXT PRIMARY KEY, {COLUMNS});
+CREATE INDEX by_account ON operations (account, amount)
+"""
+INSERT = "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, NULL)"
+LOCK = threading.Lock()  # without it, INSERTs of threads that share a connection are lost
+
+
+def ours(path: str) -> sqlite3.Connection:
+    """A ledger in which alice has a lot."""
+    db = main.open_ledger(path)
     main.open_account(db, "alice", 10**12)
     main.open_account(db, "bob")
     return db
 
 
-def transfers(transfer: Any, threads: int, count: int) -> float:
-    """Seconds per transfer."""
-    ids = list(itertools.islice(IDS, count))
-    with ThreadPoolExecutor(threads) as pool:
-        started = time.perf_counter()
-        results = list((pool.map if threads > 1 else map)(partial(main.submit, transfer, **REQUEST), ids))
-        seconds = time.perf_counter() - started
-    assert [(result["transfer_id"], result["status"]) for result in results] == [(id, "committed") for id in ids]
-    return seconds / count
-
-
-# ---- The rows --------------------------------------------------------------------------------------------------------
-
-
-def facts(folder: str) -> None:
-    """What it runs on, and what one committed transfer makes of a ledger in a file."""
-    info = Path("/proc/cpuinfo")
-    model = re.search("model name\\s*: (.*)", info.read_text() if info.exists() else "")
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
-    sdk = version("resonate-sdk")
-    print(f"{datetime.date.today()}: {os.cpu_count()} cores, {model[1] if model else '?'}, {memory:.0f} GiB of memory,")
-    print(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, resonate-sdk {sdk}")
-    db, count, statements = filled("ours", f"{folder}/facts", 1000), 50, []
-    resonate, transfer = main.start(db)
-    db.execute("PRAGMA wal_checkpoint(RESTART)").fetchone()
-    db.set_trace_callback(statements.append)  # inside a trigger it is given the statement that set off the trigger
-    transfers(transfer, 1, count)
-    db.set_trace_callback(None)
-    resonate.stop()
-    sent, pages = len(set(statements)) / count, db.execute("PRAGMA wal_checkpoint").fetchone()[1] / count
-    inside = len(statements) / count - sent
-    print(f"A committed transfer: {sent:.1f} SQL statements, {inside:.1f} more in triggers, {pages:.1f} WAL pages")
-
-
-def saga(folder: str, rounds: int, count: int) -> None:
-    def run(db: Any, workflow: Any, threads: int) -> float:
-        resonate, transfer = main.start(db, workflow=workflow)
-        transfers(transfer, 1, 1)
-        seconds = transfers(transfer, threads, count)
-        resonate.stop()
-        vars(resonate._bridge).clear()  # one of its threads never ends, and would keep it all
-        return seconds
-
-    head(f"The saga in process (the SDK started anew for every {count})")
-    for where, paths in {"in memory": [":memory:"] * 2, "in a file": [f"{folder}/saga", f"{folder}/bare"]}.items():
-        sides = [(funded(paths[0]), main.transfer_money), (plain(paths[1], BARE), two_steps(bare))]
-        for threads in (1, 16):
-            runs = {n: partial(run, *side, threads) for n, side in enumerate([*sides, (None, two_steps(nothing))])}
-            ours, unguarded, empty = race(f"the saga {where}, {threads} at once", rounds, runs, passes=3).values()
-            row(f"the saga / the same unguarded, {where}, {threads} at once", ours, unguarded, "rate")
-            row(f"the saga / two empty steps, {where}, {threads} at once", ours, empty, "rate")
-
-
-def opened(name: str, path: str) -> sqlite3.Connection:
-    """A ledger, or the table in its place."""
-    return grown(main.open_ledger(path)) if name == "ours" else plain(path, USUAL if name == "usual" else BARE)
-
-
-def filled(name: str, path: str, size: int) -> sqlite3.Connection:
-    """One with `size` entries of alice: debits and their reversals."""
-    db = opened(name, path)
-    db.executescript("PRAGMA synchronous = OFF; PRAGMA cache_size = -1000000; BEGIN")
-    for account, amount in (("alice", 10**12), ("bob", 0)):
-        db.execute(INSERT, (f"{account}-opening", None, account, None, amount, "opening", None))
-    for id in itertools.islice(IDS, size // 2):
-        debit = (f"{id}-debit", id, "alice", "bob", -1, "debit", None)
-        db.executemany(INSERT, [debit, (f"{id}-reversal", id, "alice", "bob", 1, "reversal", None)])
-    db.executescript("COMMIT; PRAGMA wal_checkpoint(RESTART); PRAGMA synchronous = FULL; PRAGMA cache_size = -2000")
+def theirs(path: str, schema: str) -> sqlite3.Connection:
+    """A table in which alice has a lot: as durable as the ledger, and nothing guards it."""
+    db = sqlite3.connect(path, check_same_thread=False, autocommit=True)
+    db.executescript(f"PRAGMA journal_mode = WAL; PRAGMA synchronous = FULL; {schema}")
+    db.execute(INSERT, ("alice-opening", "alice", "opening", "alice", 10**12, None))
     return db
 
 
-def files(folder: str, name: str, size: int) -> None:
-    filled(name, f"{folder}/{name}-{size}", size).close()
+def fill(path: str, entries: Iterable[main.Operation]) -> None:
+    """Puts entries into a file, all in one transaction: that is faster than one by one."""
+    with contextlib.closing(sqlite3.connect(path)) as db, db:
+        db.execute("PRAGMA cache_size = -500000")
+        db.executemany(INSERT, entries)
 
 
-def entries(folder: str, rounds: int, sizes: tuple[int, ...]) -> None:
-    """One hot account. In memory, where it is large, SQLite walks its page cache (pcache1Truncate) as it commits."""
-    steps = {"ours": main.apply_entry, "bare": bare, "usual": usual}
-    on_disk, in_memory = {}, {}
-    for name, size in itertools.product(steps, sizes):
-        progress(f"the ledger: {size:,} entries, {name}")
-        in_child(files, folder, name, size)  # with a cache that this process need not have had
-        on_disk[name, size] = opened(name, f"{folder}/{name}-{size}")
-        in_memory[name, size] = opened(name, ":memory:")
-        on_disk[name, size].backup(in_memory[name, size])
+def operation(transfer_id: str, kind: str, *rest: Any) -> main.Operation:
+    return main.Operation(f"{transfer_id}-{kind}", transfer_id, kind, *rest)
 
-    def entry(ledgers: dict[Any, sqlite3.Connection], name: str, size: int) -> float:
-        """Seconds per entry, of 250 pairs or what there is time for. The smallest ledger is made anew each time."""
-        with tempfile.TemporaryDirectory(dir=folder) as new:
-            path = f"{new}/ledger" if ledgers is on_disk else ":memory:"
-            db = filled(name, path, size) if size == sizes[0] else ledgers[name, size]
-            ctx, step, count, started = (
-                SimpleNamespace(get_dependency=lambda _: db),
-                steps[name],
-                0,
-                time.perf_counter(),
-            )
-            for id in itertools.islice(IDS, 250):
-                step(ctx, f"{id}-debit", "alice", -1, "debit", counterparty="bob")
-                step(ctx, f"{id}-credit", "bob", 1, "credit", counterparty="alice")
-                count, seconds = count + 2, time.perf_counter() - started
-                if seconds > 0.1:
-                    break
-        return seconds / count
 
-    def read(size: int) -> float:
-        return timeit.timeit(lambda: main.balance(on_disk["ours", size], "alice"), number=2000) / 2000
+def bare(ctx: Any, operation: main.Operation) -> None:
+    """A step: the entry as a bare INSERT."""
+    with LOCK:
+        ctx.get_dependency("db").execute(INSERT, operation)
 
-    for where, ledgers in {"in memory": in_memory, "in a file": on_disk}.items():
-        runs = {(name, size): partial(entry, ledgers, name, size) for name in steps for size in sizes}
-        seconds = race(f"the ledger {where}", rounds, runs, passes=3)
-        head(f"The ledger alone, {where}: an entry of an account with n")
-        for size in sizes:
-            row(f"an entry / a bare INSERT, n = {size:,}", seconds["ours", size], seconds["bare", size])
-        for size in sizes:
-            row(f"the usual SUM, then INSERT / an entry, n = {size:,}", seconds["usual", size], seconds["ours", size])
-        for size in sizes[1:]:
-            row(f"an entry, n = {size:,} / n = {sizes[0]:,}", seconds["ours", size], seconds["ours", sizes[0]])
-    small, *_, large = race("balance()", rounds, {size: partial(read, size) for size in sizes}, passes=3).values()
-    row(f"balance(), n = {sizes[-1]:,} / n = {sizes[0]:,}", large, small)
+
+def empty(ctx: Any, operation: main.Operation) -> None:
+    """A step that does nothing: what is left is the SDK."""
+
+
+def sum_and_insert(db: sqlite3.Connection, operation: main.Operation) -> None:
+    """An entry, if the sum of the entries of its account allows it."""
+    with LOCK:
+        query = "SELECT sum(amount) FROM operations WHERE account = ?"
+        [held] = db.execute(query, (operation.account,)).fetchone()
+        if held + operation.amount < 0:
+            raise ValueError("insufficient funds")
+        db.execute(INSERT, operation)
+
+
+def usual_saga(step: Callable[..., None]) -> Callable[..., Any]:
+    """The same saga without its rule: it takes an error for proof that nothing happened."""
+
+    def workflow(ctx: Any, transfer_id: str, source: str, target: str, amount: int) -> Any:
+        result = dict(transfer_id=transfer_id, source=source, target=target, amount=amount)
+        debit = operation(transfer_id, "debit", source, -amount, target)
+        credit = operation(transfer_id, "credit", target, amount, source)
+        yield ctx.run(step, debit).options(retry_policy=Never())
+        try:
+            yield ctx.run(step, credit).options(retry_policy=Never())
+        except Exception as failure:
+            yield ctx.run(step, operation(transfer_id, "reversal", source, amount, target))
+            return result | {"status": "compensated", "error": str(failure)}
+        return result | {"status": "committed"}
+
+    return workflow
+
+
+# ---- Transfers: each is a function of its id, and moves 0.01 ------------------------------------
+
+type Transfer = Callable[[str], dict[str, Any]]
+REQUEST = {"source": "alice", "target": "bob", "amount": 1}
+AT_ONCE = {1: "one at a time", 16: "16 at once"}  # threads
+
+
+def our_transfer(db: sqlite3.Connection, **where: bool) -> Transfer:
+    _, transfer = main.start(db, **where)
+    return lambda transfer_id: main.submit(db, transfer, transfer_id, **REQUEST)
+
+
+def their_transfer(db: Any, step: Callable[..., None], resonate: Resonate) -> Transfer:
+    """The usual saga. The SDK is mended as it is for ours: both pay the same for that."""
+    resonate.set_dependency("db", db)
+    transfer = resonate.register(usual_saga(step)).options(target="theirs")
+    main.mend(resonate, transfer)
+    resonate.start()
+    return lambda transfer_id: transfer.run(transfer_id, transfer_id=transfer_id, **REQUEST)
+
+
+def speed(transfer: Transfer, threads: int, count: int) -> float:
+    """Transfers per second."""
+    ids = [new_id() for _ in range(count)]
+    with ThreadPoolExecutor(threads) as pool:
+        started = time.perf_counter()
+        results = list(pool.map(transfer, ids) if threads > 1 else map(transfer, ids))
+        seconds = time.perf_counter() - started
+    assert all(result["status"] == "committed" for result in results)
+    return count / seconds
+
+
+# ---- In process ---------------------------------------------------------------------------------
+
+
+def sagas(folder: str, rounds: int, count: int) -> None:
+    table("The saga in process", "transfers/s")
+    files = {"in memory": (":memory:", ":memory:"), "in a file": (f"{folder}/a", f"{folder}/b")}
+    for where, (our_path, their_path) in files.items():
+        transfers = {
+            "ours": our_transfer(ours(our_path)),
+            "bare": their_transfer(theirs(their_path, BARE), bare, Resonate.local()),
+            "empty": their_transfer(None, empty, Resonate.local()),
+        }
+        for transfer in transfers.values():
+            speed(transfer, 1, 2 * count)  # a new file is slower
+        for threads, at_once in AT_ONCE.items():
+            label = f"{where}, {at_once}"
+            runs = {name: partial(speed, transfers[name], threads, count) for name in transfers}
+            speeds = race(f"the saga {label}", rounds, runs)
+            row(f"{label}, to bare INSERTs, no guard", speeds["ours"], speeds["bare"])
+            row(f"{label}, to two empty steps", speeds["ours"], speeds["empty"])
+
+
+def resident() -> float:
+    """The memory of this process in MiB; not a number where the system does not tell."""
+    with contextlib.suppress(OSError):
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
+    return float("nan")
+
+
+class Marks:
+    """Called after each transfer. Keeps when the first and the last thousand were done, and what
+    memory that took."""
+
+    def __init__(self, count: int) -> None:
+        self.window = min(1000, count // 4)
+        self.wanted = (self.window, count - self.window, count)
+        self.done = itertools.count(1)
+        self.at = [(time.perf_counter(), resident())]
+
+    def __call__(self) -> None:
+        if next(self.done) in self.wanted:
+            self.at.append((time.perf_counter(), resident()))
+
+    def figures(self) -> dict[str, float]:
+        """Transfers per second of the first and the last, and MiB between them."""
+        (start, _), (first, small), (before, _), (last, large) = self.at
+        return {
+            "first": self.window / (first - start),
+            "last": self.window / (last - before),
+            "grown": large - small,
+        }
+
+
+def many(folder: str, threads: int, count: int) -> dict[str, float]:
+    transfer = our_transfer(ours(f"{folder}/many-{threads}"))
+    todo = itertools.count(1)
+    marks = Marks(count)
+
+    def work() -> None:
+        while next(todo) <= count:
+            assert transfer(new_id())["status"] == "committed"
+            marks()
+
+    with ThreadPoolExecutor(threads) as pool:
+        for worker in [pool.submit(work) for _ in range(threads)]:
+            worker.result()
+    return marks.figures()
+
+
+def recovery(folder: str, count: int) -> dict[str, float]:
+    """`recover`, with each result printed as it is done."""
+    db = ours(f"{folder}/recovery")
+    debits = (operation(new_id(), "debit", "alice", -1, "bob") for _ in range(count))
+    fill(f"{folder}/recovery", debits)
+    _, transfer = main.start(db)
+    marks = Marks(count)
+
+    def report(result: dict[str, Any]) -> None:
+        print(json.dumps(result), file=nowhere, flush=True)
+        marks()
+
+    with open(os.devnull, "w") as nowhere:
+        results = main.recover(db, transfer, report)
+    assert len(results) == count and not main.in_flight(db)
+    return marks.figures()
+
+
+def long_runs(folder: str, transfers: int, flying: int) -> None:
+    """Does it get slower, or larger?"""
+    parts = {
+        f"{transfers:,} transfers, one at a time": (many, folder, 1, transfers),
+        f"{transfers:,} transfers, 50 threads": (many, folder, 50, transfers),
+        f"recover of {flying:,} in flight": (recovery, folder, flying),
+    }
+    runs = {}
+    for title, part in parts.items():
+        progress(title)
+        runs[title] = in_child(*part)
+    table("The last of many to the first, in a file", "transfers/s", "last", "first")
+    for title, run in runs.items():
+        row(f"{title}: {run['grown']:+.1f} MiB", [run["last"]], [run["first"]])
+
+
+def debits_and_reversals(count: int) -> Iterator[main.Operation]:
+    for transfer_id in (new_id() for _ in range(count // 2)):
+        yield operation(transfer_id, "debit", "alice", -1, "bob")
+        yield operation(transfer_id, "reversal", "alice", 1, "bob")
+
+
+def debits(db: sqlite3.Connection, write: Callable[..., Any]) -> float:
+    """Debits of alice per second."""
+    todo = [operation(new_id(), "debit", "alice", -1, "bob") for _ in range(10)]
+    started = time.perf_counter()
+    for debit in todo:
+        write(db, debit)
+    return len(todo) / (time.perf_counter() - started)
+
+
+def hot_account(folder: str, rounds: int, large: int) -> None:
+    runs = {}
+    for size in (1000, large):
+        progress(f"a hot account: {size:,} entries")
+        paths = f"{folder}/ours-{size}", f"{folder}/theirs-{size}"
+        our_db, their_db = ours(paths[0]), theirs(paths[1], USUAL)
+        for path in paths:
+            fill(path, debits_and_reversals(size))
+        runs["ours", size] = partial(debits, our_db, main.settle)
+        runs["theirs", size] = partial(debits, their_db, sum_and_insert)
+    speeds = race("a hot account", rounds, runs)
+    table("A debit of a hot account, in a file", "debits/s")
+    for size in (1000, large):
+        title = f"{size:,} entries, to the SUM of them"
+        row(title, speeds["ours", size], speeds["theirs", size])
+    table("The same", "debits/s", f"{large:,}", "1,000")
+    for name in ("ours", "theirs"):
+        row(name, speeds[name, large], speeds[name, 1000])
 
 
 def commands(folder: str, rounds: int) -> None:
-    def run(*words: str) -> float:
-        words = tuple(next(IDS) if word == "ID" else word for word in words)
+    ledger = f"{folder}/commands"
+    ours(ledger).close()
+
+    def milliseconds(*words: str) -> float:
+        """From start to finish of a process."""
         started = time.perf_counter()
-        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL)
-        return time.perf_counter() - started
+        command = [sys.executable, *words]
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, process_group=0)
+        return (time.perf_counter() - started) * 1000
 
-    funded(f"{folder}/commands").close()
-    transfer = partial(run, MAIN, "transfer", "ID", "alice", "bob", "1", "--ledger", f"{folder}/commands")
-    runs = {"import": partial(run, "-c", "import resonate"), "transfer": transfer, "tour": partial(run, MAIN)}
-    floor, one, tour = race("start to finish", rounds, runs).values()
-    head("Start to finish of a process")
-    row("main.py transfer / python -c 'import resonate'", one, floor)
-    row("main.py, the tour / python -c 'import resonate'", tour, floor)
+    def transfer() -> float:
+        return milliseconds(MAIN, "transfer", new_id(), "alice", "bob", "1", "--ledger", ledger)
 
-
-def peak() -> float:
-    """The most memory that this process has held, in MiB, where the system tells."""
-    status = Path("/proc/self/status")
-    return int(status.read_text().partition("VmHWM:")[2].split()[0]) / 1024 if status.exists() else float("nan")
+    runs = {"import": partial(milliseconds, "-c", "import resonate"), "transfer": transfer}
+    spent = race("a command", rounds, runs, turns=1)
+    progress("the tour")
+    tours = [milliseconds(MAIN) for _ in range(rounds)]
+    table("Start to finish, to python -c 'import resonate'", "ms")
+    row("main.py transfer", spent["transfer"], spent["import"])
+    row("main.py: the tour, of 9 commands", tours, spent["import"])
 
 
-def recovery(folder: str, count: int) -> list[float]:
-    """Seconds per transfer in the last and the first third of a recovery; peak memory at the end, the first third."""
-    db, submit, third, marks = funded(tempfile.mktemp(dir=folder)), main.submit, count // 3, []
-    db.execute("BEGIN")
-    for id in itertools.islice(IDS, count):
-        main.settle(db, f"{id}-debit", "alice", -1, "debit", "bob")
-    db.execute("COMMIT")
-
-    def watched(*request: Any) -> Any:
-        result = submit(*request)
-        marks.append((time.perf_counter(), peak()))
-        return result
-
-    main.submit, start = watched, peak()
-    started = time.perf_counter()
-    main.recover(db, main.start(db)[1])
-    assert len(marks) == count and not main.in_flight(db)
-    last, first = (marks[-1][0] - marks[-1 - third][0]) / third, (marks[third - 1][0] - started) / third
-    return [last, first, marks[-1][1], marks[third - 1][1], start]
-
-
-def recover(folder: str, rounds: int, count: int) -> None:
-    progress(f"recover: {rounds} rounds")
-    runs = [in_child(recovery, folder, count) for _ in range(rounds)]
-    head(f"main.recover of {count:,} transfers in flight, in a file")
-    last, first, memory_last, memory_first, memory_start = map(list, zip(*runs, strict=True))
-    row("transfers, the last third / the first third", last, first, "rate")
-    row("peak memory, at the end / after the first third", memory_last, memory_first, "MiB")
-    row("peak memory, at the end / before it starts", memory_last, memory_start, "MiB")
+# ---- On a server --------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager
 def serving(folder: str) -> Iterator[None]:
-    """A Resonate server, where RESONATE_HOST and so on say. Raises ConnectionError if it cannot be had."""
-    if not shutil.which("resonate"):
+    """A server, where the environment says. Raises ConnectionError if it cannot be had."""
+    program = shutil.which("resonate")
+    if program is None:
         raise ConnectionError("`resonate` is not on PATH")
+    found = subprocess.run([program, "--version"], capture_output=True, text=True).stdout.strip()
+    if not found.endswith(" 0.8.2"):
+        raise ConnectionError(f"needs version 0.8.2, not {found!r}")
     with contextlib.ExitStack() as held:
         sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(3)]
-        api, poll, metrics = (str(each.getsockname()[1]) for each in sockets)
-    os.environ.update(RESONATE_HOST="http://127.0.0.1", RESONATE_PORT_STORE=api, RESONATE_PORT_MESSAGE_SOURCE=poll)
-    ports = {"api-http": api, "aio-poll": poll, "metrics": metrics}
-    flags = [*(f"--{name}-addr=127.0.0.1:{port}" for name, port in ports.items()), "--api-grpc-enable=false"]
-    command = ["resonate", "serve", *flags, f"--aio-store-sqlite-path={folder}/promises"]
-    with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        store, messages, metrics = (each.getsockname()[1] for each in sockets)
+    os.environ["RESONATE_HOST"] = "http://127.0.0.1"
+    os.environ["RESONATE_PORT_STORE"] = str(store)
+    os.environ["RESONATE_PORT_MESSAGE_SOURCE"] = str(messages)
+    command = [
+        *(program, "serve", "--api-grpc-enable=false"),
+        f"--api-http-addr=127.0.0.1:{store}",
+        f"--aio-poll-addr=127.0.0.1:{messages}",
+        f"--metrics-addr=127.0.0.1:{metrics}",
+        f"--aio-store-sqlite-path={folder}/promises",
+    ]
+    nowhere = subprocess.DEVNULL
+    process = subprocess.Popen(command, stdout=nowhere, stderr=nowhere, process_group=0)
+    try:
+        while not (answers(store) and answers(messages)):
+            if process.poll() is not None:
+                raise ConnectionError(f"it ended with status {process.returncode}")
+            time.sleep(0.1)
+        yield
+    finally:
+        process.kill()
+        process.wait()
+
+
+def answers(port: int) -> bool:
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def served(folder: str, rounds: int, count: int) -> Any:
+    """Speeds of a client that runs both sagas, by threads, and of workers, by their number."""
+    ledger = f"{folder}/served"
+    db = ours(ledger)
+    resonate, transfer = main.start(db, remote=True, client=True)
+
+    def drained(number: int) -> float:
+        """Transfers per second of so many workers, to whom a client leaves them."""
+        ids = [new_id() for _ in range(2 * count)]
+        command = [sys.executable, MAIN, "worker", "--ledger", ledger]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL}
+        processes = [subprocess.Popen(command, **pipes) for _ in range(number)]
         try:
-            for _ in range(100):
-                with contextlib.suppress(ConnectionError):
-                    main.start(sqlite3.connect(":memory:"), remote=True, group="nobody")
-                    break
-                time.sleep(0.1)
-            else:
-                raise ConnectionError("the server does not answer")
-            yield
-        finally:
-            process.terminate()
-
-
-def server(folder: str, rounds: int, count: int) -> None:
-    """The rows of a server, which now and then does nothing for a second: hence passes, for a median without that."""
-    db, sides = funded(f"{folder}/served"), {}
-    for name, workflow in {"saga": main.transfer_money, "empty": two_steps(nothing)}.items():
-        _, sides[name] = main.start(db, remote=True, group=f"client-{name}", workflow=workflow)
-
-    def drain(workers: int) -> float:
-        """Seconds per transfer, handed in while the workers are held, from their release to the last in the ledger."""
-        command, pipes = [sys.executable, MAIN, "worker", "--ledger", f"{folder}/served"], {"stdout": subprocess.PIPE}
-        processes = [subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes) for _ in range(workers)]
-        try:
-            assert all(process.stdout.readline() for process in processes), "a worker does not say that it is there"
-            time.sleep(0.5)
-            for process in processes:
-                process.send_signal(signal.SIGSTOP)
-            ids = list(itertools.islice(IDS, 2 * count))
-            for id in ids:
-                sides["saga"].begin_rpc(id, transfer_id=id, **REQUEST)
+            assert all(process.stdout.readline() for process in processes), "no worker"
+            goal = main.balance(db, "bob") + len(ids)
             started = time.perf_counter()
-            for process in processes:
-                process.send_signal(signal.SIGCONT)
-            while not {f"{id}-credit" for id in ids} <= {id for (id,) in db.execute("SELECT op_id FROM entries")}:
-                assert time.perf_counter() < started + 120, "the workers do not come to an end"
+            deadline = started + 60
+            for transfer_id in ids:
+                transfer.begin_rpc(transfer_id, transfer_id=transfer_id, **REQUEST)
+            while main.balance(db, "bob") < goal:
+                assert time.perf_counter() < deadline, "the workers do not come to an end"
                 time.sleep(0.01)
             seconds = time.perf_counter() - started
-            while not all(sides["saga"]._resonate.promises.get(id).completed for id in ids):
+            while not all(resonate.promises.get(transfer_id).completed for transfer_id in ids):
+                assert time.perf_counter() < deadline, "the workers do not say that they are done"
                 time.sleep(0.1)
-            return seconds / len(ids)
+            return len(ids) / seconds
         finally:
             for process in processes:
                 process.kill()
                 process.communicate()
 
-    head("On a Resonate server, in a file")
-    for threads in (1, 16):
-        runs = {name: partial(transfers, transfer, threads, count) for name, transfer in sides.items()}
-        ours, empty = race(f"on a server, {threads} at once", rounds, runs, passes=3).values()
-        row(f"the saga / two empty steps, run by the client, {threads} at once", ours, empty, "rate")
-    seconds = race("workers", rounds, {workers: partial(drain, workers) for workers in (1, 2, 4)}, passes=2)
-    for workers in (2, 4):
-        row(f"{workers} workers / one, {2 * count} transfers", seconds[workers], seconds[1], "rate")
+    transfers = {
+        "ours": our_transfer(db, remote=True, client=True),
+        "theirs": their_transfer(None, empty, Resonate.remote(group="theirs")),
+    }
+    clients = {}
+    for threads, at_once in AT_ONCE.items():
+        runs = {name: partial(speed, transfers[name], threads, count) for name in transfers}
+        clients[at_once] = race(f"on a server, {at_once}", rounds, runs)
+    runs = {number: partial(drained, number) for number in (1, 2, 4)}
+    return clients, race("workers", rounds, runs, turns=1)
+
+
+def server(folder: str, rounds: int, count: int) -> None:
+    try:
+        with serving(folder):
+            clients, drained = in_child(served, folder, rounds, count)
+    except OSError as reason:
+        print(f"\nOn a server: skipped, {reason}")
+        return
+    table("The saga on a server, to two empty steps", "transfers/s")
+    for at_once, speeds in clients.items():
+        row(at_once, speeds["ours"], speeds["theirs"])
+    table("Workers, to one", "transfers/s", "several", "one")
+    for number in ("2", "4"):
+        row(f"{number} workers", drained[number], drained["1"])
+
+
+# ---- What a user would pick instead -------------------------------------------------------------
+
+# The scripts make the same transfers, each in a ledger file of its own, whose entries are durable,
+# and go in once under their op id. They print transfers per second, and the cents that there are,
+# of 1,000,000, after a credit of 500,000 has landed, and its answer was lost.
+BEGINNING = """
+import contextlib, sys
+with contextlib.suppress(ImportError):
+    import pysqlite3
+    sys.modules["sqlite3"] = pysqlite3
+import json, sqlite3, threading, time
+folder, count = sys.argv[1], int(sys.argv[2])
+"""
+OURS = """
+import main
+db = main.open_ledger(f"{folder}/ledger.db")
+main.open_account(db, "alice", 1_000_000)
+main.open_account(db, "bob")
+_, saga = main.start(db)
+
+def transfer(state):
+    request = (db, saga, state["id"], "alice", "bob", state["amount"])
+    main.submit(*request, simulate_lost_answer=state["lose_answer"])
+"""
+STEPS = """
+db = sqlite3.connect(f"{folder}/ledger.db", check_same_thread=False, isolation_level=None)
+db.execute("PRAGMA journal_mode = WAL")
+db.execute("PRAGMA synchronous = FULL")
+db.execute("CREATE TABLE entries (op_id TEXT PRIMARY KEY, account TEXT, amount INTEGER)")
+lock = threading.Lock()
+
+def settle(*entry):
+    with lock:
+        db.execute("INSERT OR IGNORE INTO entries VALUES (?, ?, ?)", entry)
+
+def debit(state):
+    settle(state["id"] + "-debit", "alice", -state["amount"])
+
+def credit(state):
+    settle(state["id"] + "-credit", "bob", state["amount"])
+    if state["lose_answer"]:
+        raise TimeoutError("no answer from the target")
+
+def reverse(state):
+    settle(state["id"] + "-reversal", "alice", state["amount"])
+
+settle("opening", "alice", 1_000_000)
+"""
+# An `except` around a step, as in https://docs.dbos.dev/python/examples/widget-store.
+DBOS = """
+from dbos import DBOS, SetWorkflowID
+journal = f"sqlite:///{folder}/journal.db"
+DBOS(config={"name": "transfers", "system_database_url": journal, "log_level": "CRITICAL"})
+debit, credit, reverse = (DBOS.step()(step) for step in (debit, credit, reverse))
+
+@DBOS.workflow()
+def saga(state):
+    debit(state)
+    try:
+        credit(state)
+    except Exception:
+        reverse(state)
+
+def transfer(state):
+    with SetWorkflowID(state["id"]):
+        saga(state)
+
+DBOS.launch()
+"""
+# An error handler, which https://docs.langchain.com/oss/python/langgraph/fault-tolerance offers for
+# sagas. With "sync", a step is in the journal before the next one starts, as it is with DBOS.
+LANGGRAPH = """
+from typing import TypedDict
+from langgraph.checkpoint.sqlite import SqliteSaver
+from langgraph.errors import NodeError
+from langgraph.graph import START, StateGraph
+from langgraph.types import Command
+
+class State(TypedDict):
+    id: str
+    amount: int
+    lose_answer: bool
+
+def credit_failed(state: State, error: NodeError) -> Command:
+    return Command(goto="reverse")
+
+builder = StateGraph(State)
+builder.add_node("debit", debit)
+builder.add_node("credit", credit, error_handler=credit_failed)
+builder.add_node("reverse", reverse)
+builder.add_edge(START, "debit")
+builder.add_edge("debit", "credit")
+journal = sqlite3.connect(f"{folder}/journal.db", check_same_thread=False)
+graph = builder.compile(checkpointer=SqliteSaver(journal))
+
+def transfer(state):
+    graph.invoke(state, {"configurable": {"thread_id": state["id"]}}, durability="sync")
+"""
+END = """
+for number in range(50 + count):
+    if number == 50:
+        started = time.perf_counter()
+    transfer({"id": f"t-{number}", "amount": 1, "lose_answer": False})
+speed = count / (time.perf_counter() - started)
+transfer({"id": "lost", "amount": 500_000, "lose_answer": True})
+[money] = db.execute("SELECT sum(amount) FROM entries").fetchone()
+print(json.dumps([speed, money]), flush=True)
+"""
+# DBOS needs SQLite 3.42. Where that of Python is older, it gets one that comes in a package.
+NEW_SQLITE = ["--with=pysqlite3-binary"] if sqlite3.sqlite_version_info < (3, 42) else []
+OTHERS = {
+    "DBOS": (DBOS, ["--with=dbos", *NEW_SQLITE]),
+    "LangGraph": (LANGGRAPH, ["--with=langgraph>=1.2", "--with=langgraph-checkpoint-sqlite"]),
+}
+
+
+def others(folder: str, rounds: int, count: int) -> None:
+    """Each in an environment of its own, with the same Python."""
+    os.environ["LANGSMITH_TRACING"] = "false"
+    uv = [os.environ.get("UV", "uv"), "run", "--quiet", "--no-project", "--python", sys.executable]
+    figures = {}
+    for name, (script, packages) in OTHERS.items():
+        sides = {
+            "ours": [sys.executable, "-c", BEGINNING + OURS + END],
+            "theirs": [*uv, *packages, "python", "-c", BEGINNING + STEPS + script + END],
+        }
+        answers = []
+        try:
+            for number, side in itertools.product(range(rounds), sides):
+                progress(f"{name}, {side}: round {number + 1} of {rounds}")
+                with tempfile.TemporaryDirectory(dir=folder) as new:
+                    answers.append(answer(*sides[side], new, str(count)))
+        except OSError as reason:
+            print(f"\n{name}: skipped, {reason}")
+            continue
+        figures[name] = answers[0::2], answers[1::2]
+    if not figures:
+        return
+    for title, unit, column in (
+        ("The same transfer, in a file", "transfers/s", 0),
+        ("The money that there is, of 1,000,000, after one lost answer", "cents", 1),
+    ):
+        table(title, unit)
+        for name, answers in figures.items():
+            row(name, *([figure[column] for figure in side] for side in answers))
+
+
+# ---- All of it ----------------------------------------------------------------------------------
+
+
+def facts() -> None:
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    model = cpu.partition("model name")[2].partition(": ")[2].partition("\n")[0]
+    print(f"{datetime.date.today()}: {os.cpu_count()} cores, {model or platform.machine()}")
+    packages = f"resonate-sdk {version('resonate-sdk')}"
+    print(f"Python {platform.python_version()}, SQLite {sqlite3.sqlite_version}, {packages}")
 
 
 def run() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer rounds of smaller sizes")
-    quick = parser.parse_args().quick
-    rounds = 2 if quick else 5
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer rounds, and smaller sizes")
+    parser.add_argument("--long", action="store_true", help="100,000 transfers, not 10,000")
+    parser.add_argument("--others", action="store_true", help="also DBOS and LangGraph")
+    parser.add_argument("--child", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        name, arguments = json.loads(args.child)
+        print(json.dumps(globals()[name](*arguments)), flush=True)
+        return
+    for number in (signal.SIGINT, signal.SIGTERM):  # the folder goes, and children end
+        signal.signal(number, lambda number, _: sys.exit(128 + number))
+    quick = args.quick
     with tempfile.TemporaryDirectory() as folder:
-        facts(folder)
-        saga(folder, rounds, 20 if quick else 100)
-        entries(folder, rounds, (1000, 10_000) if quick else (1000, 100_000, 1_000_000))
-        commands(folder, rounds)
-        recover(folder, 1 if quick else 3, 600 if quick else 3000)
-        try:
-            with serving(folder):
-                in_child(server, folder, 1 if quick else 3, 10 if quick else 20)
-        except ConnectionError as reason:
-            print(f"\nOn a Resonate server: skipped, {reason}")
+        facts()
+        sagas(folder, rounds=2 if quick else 5, count=25 if quick else 60)
+        transfers = 500 if quick else 100_000 if args.long else 10_000
+        long_runs(folder, transfers, flying=500 if quick else 10_000)
+        hot_account(folder, rounds=2 if quick else 5, large=20_000 if quick else 1_000_000)
+        commands(folder, rounds=1 if quick else 3)
+        server(folder, rounds=1 if quick else 3, count=5 if quick else 15)
+        if args.others:
+            others(folder, rounds=1 if quick else 3, count=50 if quick else 200)
+    progress("done")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
-"""Runs transfers in processes that SIGKILL themselves at the n-th statement, for every n; a line of JSON for each.
+"""Runs transfers in processes that SIGKILL themselves at the n-th statement, for every n.
 
-A process of its own, because it forks: it imports the SDK once, has one thread, and each child is a real process with
-the real SDK on a real file. A statement counts each time that SQLite traces it: also inside, once for every statement
-of the trigger that it fires, so that some of these kills are in the middle of a write.
+It is a process of its own, because it forks: it has imported the SDK once and has one thread, and
+each child is a real process with the real SDK on a real file. A statement counts each time that
+SQLite traces it, also once for each statement of the trigger that it fires, so that some of these
+kills are in the middle of a write. It prints a line of JSON for each run.
 """
 
 import contextlib
@@ -17,39 +18,36 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
+from conftest import opened
+
 import main
 
-REQUESTS: dict[str, tuple[str, str, int]] = {
-    "commit": ("alice", "bob", 3000),
-    "compensate": ("alice", "nobody", 3000),
-    "reject": ("alice", "bob", 300000),
+# How a transfer ends: the request, and what the target does in each run.
+PATHS: dict[str, tuple[tuple[str, str, int], list[dict[str, bool]]]] = {
+    "committed": (("alice", "bob", 3000), [{}, {"simulate_lost_answer": True}]),
+    "compensated": (("alice", "nobody", 3000), [{}]),
+    "rejected": (("alice", "bob", 300000), [{}]),
 }
 
 
-def child(work: Callable[[], Any], kill_at: int | None = None) -> tuple[bool, Any, int]:
-    """Forks. Whether the child was killed at that statement; else its answer, and how many statements it ran."""
+class Killed(Exception):
+    """The child has killed itself."""
+
+
+def child(work: Callable[[Callable[[str], None]], Any], kill_at: int | None) -> Any:
+    """What `work` returns in a forked process, which dies when it is traced the n-th time."""
     reader, writer = os.pipe()
     if (pid := os.fork()) == 0:
-        seen = 0
+        seen = itertools.count(1)
 
         def trace(_sql: str) -> None:
-            nonlocal seen
-            seen += 1
-            if seen == kill_at:
+            if next(seen) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
 
-        real = sqlite3.connect
-
-        def connect(path: str, *args: Any, **kwargs: Any) -> sqlite3.Connection:
-            db = real(path, *args, **kwargs)
-            db.set_trace_callback(None if path == ":memory:" else trace)
-            return db
-
-        sqlite3.connect = connect  # type: ignore[assignment]
         try:
-            answer = work()
+            answer = work(trace)
             trace("the end")
-            os.write(writer, json.dumps([answer, seen]).encode())
+            os.write(writer, json.dumps(answer).encode())
         except BaseException:
             traceback.print_exc()
         os._exit(0)
@@ -59,62 +57,113 @@ def child(work: Callable[[], Any], kill_at: int | None = None) -> tuple[bool, An
     _, status = os.waitpid(pid, 0)
     if os.WIFSIGNALED(status):
         assert os.WTERMSIG(status) == signal.SIGKILL
-        return True, None, 0
-    answer, seen = json.loads(text)
-    return False, answer, seen
+        raise Killed
+    return json.loads(text)
 
 
-def transfer(folder: str, request: tuple[str, str, int]) -> Any:
+def submit(path: str, ledger: str, trace: Callable[[str], None], simulate: dict[str, bool]) -> Any:
     """What `python main.py transfer` does."""
-    _, saga = main.start(main.command_ledger(f"{folder}/ledger.db", None))
-    return main.submit(saga, "t1", *request)
+    request, _ = PATHS[path]
+    db = main.open_ledger(ledger)
+    db.set_trace_callback(trace)
+    return main.submit(db, main.start(db)[1], "t1", *request, **simulate)
 
 
-def recover(folder: str, request: tuple[str, str, int]) -> Any:
-    """What `python main.py recover` does, and then the same id again with a promise store that knows of neither."""
-    db = main.command_ledger(f"{folder}/ledger.db", None)
+def recover(path: str, ledger: str, trace: Callable[[str], None]) -> Any:
+    """What `python main.py recover` does, and then the same transfer, by another engine."""
+    db = main.open_ledger(ledger)
+    db.set_trace_callback(trace)
     results = main.recover(db, main.start(db)[1])
-    return results, main.in_flight(db), transfer(folder, request)
+    return results, main.in_flight(db), submit(path, ledger, trace, {})
+
+
+def create(ledger: str, trace: Callable[[str], None]) -> Any:
+    """What `python main.py open` does, twice."""
+    real = sqlite3.connect
+
+    def connect(*args: Any, **options: Any) -> sqlite3.Connection:
+        db = real(*args, **options)
+        db.set_trace_callback(trace)
+        return db
+
+    sqlite3.connect = connect  # type: ignore[assignment]
+    db = opened(ledger)
+    return [main.balance(db, name) for name in ("alice", "bob")]
 
 
 def copy(folder: str, to: str) -> str:
-    shutil.rmtree(to, ignore_errors=True)
     shutil.copytree(folder, to)
-    return to
+    return f"{to}/ledger.db"
 
 
-def held(folder: str) -> str:
+def held(ledger: str) -> str:
     """What is on disk."""
-    try:
-        with contextlib.closing(sqlite3.connect(f"{folder}/ledger.db")) as db:
-            return repr(sorted(db.execute("SELECT op_id, kind FROM entries")))
-    except sqlite3.OperationalError:
-        return "no ledger yet"
+    with contextlib.closing(sqlite3.connect(ledger)) as db:
+        return repr(db.execute("SELECT op_id, void FROM operations ORDER BY 1").fetchall())
 
 
-def run(path: str, root: str) -> None:
-    """Kills a transfer at every statement. The first time that this leaves a ledger in some state, also kills what
-    recovers it at every statement, and has a third process recover."""
-    request, known = REQUESTS[path], set()
-    for first in itertools.count(1):
-        folder = f"{root}/{path}-{first}"
-        os.mkdir(folder)
-        killed, answer, _ = child(lambda folder=folder: transfer(folder, request), first)
-        if not killed:
-            print(json.dumps({"points": first - 1, "answer": answer}))
-            return
-        state = held(copy(folder, f"{folder}-held"))
-        new = state not in known and (path == "commit" or "t1-" in state)  # all three begin by creating the ledger
-        for second in itertools.count(1) if new else [0]:
-            again = copy(folder, f"{folder}-{second}")
-            killed, answer, _ = child(lambda again=again: recover(again, request), second)
-            if killed:
-                _, answer, _ = child(lambda again=again: recover(again, request))
-            print(json.dumps({"first": first, "second": second * killed, "answer": answer, "folder": again}))
-            if not killed:
+def kill_everywhere(path: str, root: str) -> None:
+    """Kills a transfer at every statement. The first time that this leaves a ledger in some state,
+    kills also what recovers it at every statement, and has a third process recover."""
+    os.mkdir(f"{root}/new")
+    opened(f"{root}/new/ledger.db").close()
+    known = set()
+    for run, simulate in enumerate(PATHS[path][1]):
+        for first in itertools.count(1):
+            folder = f"{root}/{run}-{first}"
+            ledger = copy(f"{root}/new", folder)
+
+            def work(
+                trace: Callable[[str], None], ledger: Any = ledger, how: Any = simulate
+            ) -> Any:
+                return submit(path, ledger, trace, how)
+
+            try:
+                child(work, first)
+            except Killed:
+                state = held(copy(folder, f"{folder}-held"))
+                kill_what_recovers(path, folder, everywhere=state not in known)
+                known.add(state)
+            else:
                 break
-        known.add(state)
+
+
+def kill_what_recovers(path: str, folder: str, everywhere: bool) -> None:
+    """Kills what recovers a ledger at every statement, or just lets it recover."""
+    for second in itertools.count(1) if everywhere else [0]:
+        ledger = copy(folder, f"{folder}-{second}")
+
+        def work(trace: Callable[[str], None], ledger: str = ledger) -> Any:
+            return recover(path, ledger, trace)
+
+        killed = False
+        try:
+            answer = child(work, second)
+        except Killed:
+            killed = True
+            answer = child(work, None)
+        print(json.dumps({"ledger": ledger, "killed": 1 + killed, "answer": answer}))
+        if not killed:
+            return
+
+
+def kill_at_creation(root: str) -> None:
+    """Kills what creates a ledger at every statement, and has another process create it."""
+    for first in itertools.count(1):
+        os.mkdir(f"{root}/{first}")
+        ledger = f"{root}/{first}/ledger.db"
+
+        def work(trace: Callable[[str], None], ledger: str = ledger) -> Any:
+            return create(ledger, trace)
+
+        try:
+            child(work, first)
+        except Killed:
+            print(json.dumps({"ledger": ledger, "killed": 1, "answer": child(work, None)}))
+        else:
+            return
 
 
 if __name__ == "__main__":
-    run(*sys.argv[1:])
+    name, folder = sys.argv[1:]
+    kill_at_creation(folder) if name == "creation" else kill_everywhere(name, folder)
