@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,17 @@ def db() -> Iterator[sqlite3.Connection]:
     ledger.close()
 
 
+@pytest.fixture(scope="session")
+def stopping() -> Iterator[ThreadPoolExecutor]:
+    """Stops engines while other tests run: it takes the SDK 0.3 s."""
+    with ThreadPoolExecutor(8) as pool:
+        yield pool
+
+
 @pytest.fixture
-def engine(db: sqlite3.Connection) -> Iterator[Callable[[], main.Transfer]]:
+def engine(
+    db: sqlite3.Connection, stopping: ThreadPoolExecutor
+) -> Iterator[Callable[[], main.Transfer]]:
     """A function that starts the SDK on the ledger, with a promise store that knows nothing."""
     started = []
 
@@ -96,7 +106,7 @@ def engine(db: sqlite3.Connection) -> Iterator[Callable[[], main.Transfer]]:
 
     yield start
     for resonate in started:
-        resonate.stop()
+        stopping.submit(resonate.stop)
 
 
 @pytest.fixture

@@ -69,12 +69,16 @@ def submit(path: str, ledger: str, trace: Callable[[str], None], simulate: dict[
     return main.submit(db, main.start(db)[1], "t1", *request, **simulate)
 
 
-def recover(path: str, ledger: str, trace: Callable[[str], None]) -> Any:
-    """What `python main.py recover` does, and then the same transfer, by another engine."""
+def recover(ledger: str, trace: Callable[[str], None]) -> Any:
+    """What `python main.py recover` does."""
     db = main.open_ledger(ledger)
     db.set_trace_callback(trace)
-    results = main.recover(db, main.start(db)[1])
-    return results, main.in_flight(db), submit(path, ledger, trace, {})
+    return main.recover(db, main.start(db)[1]), main.in_flight(db)
+
+
+def recover_and_repeat(path: str, ledger: str) -> Any:
+    """And then the same transfer, by another engine."""
+    return *recover(ledger, str), submit(path, ledger, str, {})
 
 
 def create(ledger: str, trace: Callable[[str], None]) -> Any:
@@ -104,10 +108,14 @@ def held(ledger: str) -> str:
 
 def kill_everywhere(path: str, root: str) -> None:
     """Kills a transfer at every statement. The first time that this leaves a ledger in some state,
-    kills also what recovers it at every statement, and has a third process recover."""
+    kills also what recovers it at every statement, and has a third process recover.
+
+    What recovers a ledger in which nothing has settled is the transfer itself, which is killed at
+    every statement anyhow.
+    """
     os.mkdir(f"{root}/new")
     opened(f"{root}/new/ledger.db").close()
-    known = set()
+    known = {held(copy(f"{root}/new", f"{root}/new-held"))}
     for run, simulate in enumerate(PATHS[path][1]):
         for first in itertools.count(1):
             folder = f"{root}/{run}-{first}"
@@ -129,19 +137,16 @@ def kill_everywhere(path: str, root: str) -> None:
 
 
 def kill_what_recovers(path: str, folder: str, everywhere: bool) -> None:
-    """Kills what recovers a ledger at every statement, or just lets it recover."""
-    for second in itertools.count(1) if everywhere else [0]:
+    """Kills what recovers a ledger at every statement, and then lets it recover."""
+    for second in itertools.count(1):
         ledger = copy(folder, f"{folder}-{second}")
-
-        def work(trace: Callable[[str], None], ledger: str = ledger) -> Any:
-            return recover(path, ledger, trace)
-
         killed = False
-        try:
-            answer = child(work, second)
-        except Killed:
-            killed = True
-            answer = child(work, None)
+        if everywhere:
+            try:
+                child(lambda trace, ledger=ledger: recover(ledger, trace), second)
+            except Killed:
+                killed = True
+        answer = child(lambda _, ledger=ledger: recover_and_repeat(path, ledger), None)
         print(json.dumps({"ledger": ledger, "killed": 1 + killed, "answer": answer}))
         if not killed:
             return

@@ -497,17 +497,22 @@ def test_a_tour_without_a_disk_to_write_to_says_so(
 
 @pytest.mark.parametrize("lie", ["balance", "journal", "status"])
 def test_the_tour_fails_if_a_claim_is_not_so(
-    lie: str, monkeypatch: pytest.MonkeyPatch, capsys: Any
+    lie: str, inside: Cli, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A balance that is not as expected, a ledger that does not add up, another exit status."""
     monkeypatch.setattr(main, "TOUR", main.TOUR[:1])
+
+    def run_command(command: str, ledger: str) -> int:
+        return int(inside(*command.split(), "--ledger", ledger).status)
+
+    monkeypatch.setattr(main, "run_command", run_command)
     if lie == "balance":
         real = main.balance
         monkeypatch.setattr(main, "balance", lambda db, name: real(db, name) + (name == "bob"))
     elif lie == "journal":
         monkeypatch.setattr(main, "journal", lambda _db, _only: False)
     else:
-        call = subprocess.call
-        monkeypatch.setattr(subprocess, "call", lambda *a, **b: call(*a, **b) + 1)
+        monkeypatch.setattr(main, "run_command", lambda *words: run_command(*words) + 1)
+    capsys.readouterr()
     assert main.tour() == 2
     assert capsys.readouterr().err.startswith("error: the tour claims ")

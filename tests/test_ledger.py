@@ -579,7 +579,7 @@ def test_a_trigger_that_somebody_has_added_cannot_move_a_balance(tmp_path: Path)
             " BEGIN UPDATE accounts SET balance = balance + 1; END"
         )
     with closing(main.open_ledger(path)) as db:
-        with pytest.raises(sqlite3.DatabaseError, match="prohibited|not authorized"):
+        with pytest.raises(sqlite3.DatabaseError, match=r"prohibited|not authorized"):
             settle(db, T2_DEBIT)
         check(db)
 

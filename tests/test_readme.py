@@ -14,9 +14,11 @@ import pytest
 from conftest import ENVIRONMENT, MAIN, Run
 from test_crash import AT_LEAST
 from test_ledger import ROWS, STATEMENTS
-from test_search import FAULTY, WORLDS, World
+from test_search import FAULTY, WORLDS, searched
 
 import main
+
+pytestmark = pytest.mark.xdist_group("search")  # it uses what the search has found
 
 README = MAIN.with_name("README.md").read_text()
 
@@ -81,7 +83,7 @@ def test_the_lines_that_call_it_run(tmp_path: Path) -> None:
 
 
 def test_the_numbers_of_what_was_tried_are_those_of_the_tests() -> None:
-    states = sum(World(main.transfer_money, **world).search().states for world in WORLDS.values())
+    states = sum(searched(world).states for world in WORLDS)
     statements = 3 * len(ROWS) + len(STATEMENTS)
     kills = sum(AT_LEAST.values())
     said = (f"{states:,}", f"{len(FAULTY)} of {len(FAULTY)}", f"over {kills}", f"{statements}")

@@ -360,9 +360,15 @@ WORLDS: dict[str, dict[str, Any]] = {
 }
 
 
+@cache
+def searched(world: str) -> Verdict:
+    return World(main.transfer_money, **WORLDS[world]).search()
+
+
+@pytest.mark.xdist_group("search")
 @pytest.mark.parametrize("world", WORLDS)
 def test_no_schedule_loses_creates_or_strands_money(world: str, record_property: Any) -> None:
-    verdict = World(main.transfer_money, **WORLDS[world]).search()
+    verdict = searched(world)
     if verdict.problem:
         pytest.fail(str(verdict), pytrace=False)
     assert verdict.states > 1000, "so few states that the search cannot have tried what it says"
