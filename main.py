@@ -175,7 +175,8 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
         if db.in_transaction:  # its owner could roll back what we settle here
             raise sqlite3.ProgrammingError("settle() needs a connection without a transaction")
         insert = "INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)"
-        db.execute(insert, (*operation, void))
+        if db.execute(insert, (*operation, void)).rowcount == 1:
+            return void  # nobody had settled it before
         select = "SELECT * FROM operations WHERE op_id = ?"
         row = db.execute(select, (operation.op_id,)).fetchone()
     if row is None:  # a failed CHECK: OR IGNORE has skipped the row
