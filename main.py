@@ -231,18 +231,21 @@ def outcome(db: sqlite3.Connection, transfer_id: str) -> str:
 
     It says "unknown" if no debit has settled.
     """
-    op_ids = [f"{transfer_id}-{kind}" for kind in ("debit", "credit", "reversal")]
-    query = "SELECT kind, iif(void IS NULL, 'entry', 'void') FROM operations WHERE op_id IN (?,?,?)"
-    settled = dict(read(db, query, *op_ids))  # for example {"debit": "entry", "credit": "void"}
-    if "debit" not in settled:
-        return "unknown"
-    if settled["debit"] == "void":
-        return "rejected"
-    if settled.get("credit") == "entry":
+    if settled_as(db, f"{transfer_id}-credit") == "entry":
         return "committed"
-    if settled.get("reversal") == "entry":
+    if settled_as(db, f"{transfer_id}-reversal") == "entry":
         return "compensated"
-    return "in flight"
+    debit = settled_as(db, f"{transfer_id}-debit")
+    if debit == "entry":
+        return "in flight"
+    return "rejected" if debit == "void" else "unknown"
+
+
+def settled_as(db: sqlite3.Connection, op_id: str) -> str | None:
+    """How an operation has settled: "entry" or "void"; None if it has not."""
+    query = "SELECT iif(void IS NULL, 'entry', 'void') FROM operations WHERE op_id = ?"
+    rows = read(db, query, op_id)
+    return str(rows[0][0]) if rows else None
 
 
 def read(db: sqlite3.Connection, query: str, *parameters: str) -> list[Any]:
