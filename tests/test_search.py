@@ -199,7 +199,7 @@ class World:
             for error, value in self.histories[history]:
                 step = saga.throw(error(value)) if error else saga.send(value)
         except StopIteration as end:
-            return str(end.value)
+            return str({key: end.value[key] for key in ("status", "error") if key in end.value})
         except Exception as error:
             return repr(error)
         return step
