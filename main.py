@@ -516,28 +516,28 @@ def submit(
             simulate_credit_failure=simulate_credit_failure,
             simulate_lost_answer=simulate_lost_answer,
         )
-    except (OperationConflict, ResonateCanceledError, ResonateTimedoutError):
-        result = None  # the promise store has no result for this request
+    except (OperationConflict, ResonateCanceledError, ResonateTimedoutError) as error:
+        result = error  # the promise store has no result for this request
     # The ledger is right. A result counts only if it is of this request and the ledger agrees:
     # `<=` is true if `result` has every key of `expected`, with the same value.
     expected = request | {"status": outcome(db, transfer_id)}
     if isinstance(result, dict) and expected.items() <= result.items():
         return result
-    raise OperationConflict(conflict_message(db, transfer_id, source, target, amount))
+    raise OperationConflict(conflict_message(db, transfer_id, source, target, amount, result))
 
 
 def conflict_message(
-    db: sqlite3.Connection, transfer_id: str, source: str, target: str, amount: int
+    db: sqlite3.Connection, transfer_id: str, source: str, target: str, amount: int, result: object
 ) -> str:
-    """Says why the answer of the promise store is not the result of this request."""
+    """Says why `result`, from the promise store, is not the result of this request."""
     query = "SELECT account, counterparty, -amount FROM operations WHERE op_id = ?"
     rows = read(db, query, f"{transfer_id}-debit")
     if rows and tuple(rows[0]) != (source, target, amount):
         payer, payee, paid = rows[0]
         return f"transfer id {transfer_id!r} is already used: {money(paid)} from {payer} to {payee}"
     return (
-        f"transfer {transfer_id!r}: the promise store contradicts the ledger. The ledger is right,"
-        f" and says {outcome(db, transfer_id)!r}. If that is in flight, run `recover`. For"
+        f"transfer {transfer_id!r}: the ledger, which is right, says {outcome(db, transfer_id)!r},"
+        f" but the promise store says {result!r:.200}. If it is in flight, run `recover`. For"
         " another transfer, use another id"
     )
 
