@@ -697,9 +697,9 @@ class Scene(NamedTuple):
 TOUR = (
     Scene("alice pays bob", "t1", "transfer t1 alice bob 30", 0, 7000, 8000),
     Scene("The target refuses", "t2", "transfer t2 alice bob 20 --fail-credit", 1, 7000, 8000),
-    Scene("Its answer is lost", "t3", "transfer t3 alice bob 5 --lose-answer -v", 0, 6500, 8500),
+    Scene("The answer is lost", "t3", "transfer t3 alice bob 5 --lose-answer -v", 0, 6500, 8500),
     Scene("alice has no 500.00", "t4", "transfer t4 alice bob 500", 1, 6500, 8500),
-    Scene("The first again: nothing moves", "t1", "transfer t1 alice bob 30", 0, 6500, 8500),
+    Scene("t1 again: nothing moves", "t1", "transfer t1 alice bob 30", 0, 6500, 8500),
     Scene("kill -9", "t5", "transfer t5 alice bob 10 --crash-after debit", -9, 5500, 8500),
     Scene("Finished from the ledger alone", "t5", "recover", 0, 5500, 9500),
 )
