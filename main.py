@@ -6,8 +6,9 @@ usual answer is a saga: debit the source, then credit the target. If the credit 
 debit.
 
 That saga can create money. A credit can report a failure although it has happened, because its
-answer was lost. Or it can happen later, because its process was only slow. If the debit is then
-reversed, the source gets back money that the target also gets. This file prevents that.
+answer was lost. Or the credit happens after the failure was reported, because the process that
+runs it was only slow. If the debit is then reversed, the source gets back money that the target
+also gets. This file prevents that.
 
 operation  one change to one account: the debit, the credit or the reversal of a transfer, or the
            opening of an account
@@ -112,6 +113,7 @@ CREATE TABLE IF NOT EXISTS accounts (
 -- Why RAISE and not CHECK: OR IGNORE hides a failed CHECK, but not a RAISE.
 CREATE TRIGGER IF NOT EXISTS entry_moves_balance AFTER INSERT ON operations WHEN NEW.void IS NULL
 BEGIN
+  -- A trigger has no IF. Here, `SELECT ... WHERE condition` does its work if that is true.
   INSERT INTO accounts SELECT NEW.account, 0 WHERE NEW.kind = 'opening';
   UPDATE accounts SET balance = balance + NEW.amount WHERE account = NEW.account;
   SELECT RAISE(ABORT, 'unknown account')
@@ -142,7 +144,10 @@ class OperationConflict(Exception):
 
 
 class TransferRejected(Exception):
-    """One operation is refused: unknown account, insufficient funds, a target that refuses."""
+    """An operation cannot be an entry: the ledger or the target refuses it, or it is a void.
+
+    In spite of its name, it is about one operation: the transfer may end as "compensated", too.
+    """
 
 
 class Operation(NamedTuple):
@@ -277,7 +282,8 @@ def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
         with contextlib.suppress(sqlite3.OperationalError):  # busy: the next open_ledger does it
             db.execute("PRAGMA journal_mode = WAL")
         db.execute("PRAGMA synchronous = FULL")  # a commit survives a loss of power
-        db.execute("PRAGMA recursive_triggers = ON")  # no_delete also stops OR REPLACE
+        # INSERT OR REPLACE deletes the old row: only with this does no_delete stop that.
+        db.execute("PRAGMA recursive_triggers = ON")
     except sqlite3.Error:
         db.close()
         raise
@@ -347,9 +353,10 @@ def credit_target(
     the target is paid, but its answer is lost.
 
     If your target is another bank, it needs a ledger of its own with the same rule, and you change
-    two functions. This one must ask the target to settle the op id as an entry. `give_up` must ask
-    it to settle the op id as a void, because only the target can say that the credit will never
-    happen. Both then settle the credit in our ledger in the way that the target has answered.
+    two functions. This one must ask the target to settle the op id as an entry. `give_up`, if the
+    operation is a credit, must ask it to settle the op id as a void, because only the target can
+    say that the credit will never happen. Both then settle the credit in our ledger in the way that
+    the target has answered.
     """
     if fail:
         raise TransferRejected("the target refused (simulated)")
@@ -377,16 +384,15 @@ LOG = logging.getLogger("money-transfer")
 # runs the step again, with growing pauses, unless the step has the retry policy Never().
 ANSWERS = (TransferRejected, OperationConflict)
 
-# What the saga yields (steps: LFC is what `ctx.run` returns), what it receives (their results), and
-# what it returns.
+# How to read a workflow: `yield ctx.run(f, x)` runs the step f(ctx, x), waits, and gives its result
+# or raises its exception. After a crash the workflow starts from the top, but a step whose result
+# is in the promise store does not run again. So a saga yields steps (LFC is what `ctx.run`
+# returns), receives their results, and returns a Result.
 type Step = LFC[None] | LFC[str | None]
 type Result = dict[str, str | int]
 type Saga = Generator[Step, str | None, Result]
 
 
-# How to read a workflow: `yield ctx.run(f, x)` runs the step f(ctx, x), waits, and gives its result
-# or raises its exception. After a crash the workflow starts from the top, but a step whose result
-# is in the promise store does not run again.
 def transfer_money(
     ctx: Context,
     transfer_id: str,
@@ -418,7 +424,8 @@ def transfer_money(
         if reason is not None:
             LOG.info("%s rejected: %s", transfer_id, reason)
             return result | {"status": "rejected", "error": reason}
-        # `reason` is None: the debit is an entry. It has happened in spite of the failure. Go on.
+        # `reason` is None: the debit is an entry. Another run of this transfer has settled it
+        # since, when there was enough money. Go on.
 
     # Step 2: credit the target. Never() is intentional: after one failure, `give_up` decides. If
     # your target is unreliable, use a policy with some retries.
@@ -446,8 +453,8 @@ def transfer_money(
 type Transfer = sdk.Function[..., Saga]  # `transfer_money`, as Resonate has registered it
 
 
-# When a lease ends, another process may take over the transfer. No other process can reach what is
-# in our memory: there, the lease is too long to end.
+# A process that runs a transfer has a lease on it: a time in which no other process may take it
+# over. What is in our memory no other process can reach: there, the lease is too long to end.
 LEASE_IN_MEMORY = 10**6  # seconds
 
 
@@ -466,7 +473,8 @@ def start(
     [(ledger_id,)] = read(db, "PRAGMA user_version")
     workers = f"money-transfer-{ledger_id}"
     # A client is alone in its group, so it gets no work of others. It runs what it submits. If it
-    # dies, a process of the group `target`, below, takes over: one of the workers.
+    # dies, the workers take over, because of `options(target=workers)`, below. (That `target` is a
+    # group of processes, not an account.)
     group = f"client-{secrets.token_hex(8)}" if client else workers
     if remote:
         resonate = Resonate.remote(group=group)
@@ -510,6 +518,7 @@ def submit(
     request: Result = dict(transfer_id=transfer_id, source=source, target=target, amount=amount)
     result: Any
     try:
+        # The first argument names the promise. All the others are for `transfer_money`.
         result = transfer.run(
             transfer_id,
             **request,
@@ -941,9 +950,9 @@ def forget_what_is_finished(store: Any, bridge: Any, transfer: Any) -> None:
     """Removes a transfer from the store in memory when its caller has the result.
 
     Without it, memory grows with each transfer, and each is slower than the one before. The ledger
-    remembers, so the store need not. A transfer must be removed on the scheduler's own thread, when
-    the scheduler is done with it: so a caller that has its result sends a command there. Until that
-    has arrived, the same transfer does not start again.
+    remembers, so the store need not. A transfer must be removed on the bridge's thread, which runs
+    the scheduler, and when the scheduler is done with it: so a caller that has its result sends a
+    command there. Until that has arrived, the same transfer does not start again.
     """
     promises, tasks = store._promises.inner._promises, store._tasks.inner._tasks
     computations = bridge._scheduler.computations
@@ -1002,7 +1011,7 @@ def require_server(store: Any, source: Any) -> None:
                 " RESONATE_PORT_STORE and RESONATE_PORT_MESSAGE_SOURCE"
             )
     try:
-        tries_once = RemoteStore(retry_policy=Constant(max_retries=-1))
+        tries_once = RemoteStore(retry_policy=Constant(max_retries=-1))  # -1: no second try
         tries_once.tasks.heartbeat(pid="nobody")  # any call will do
         host = source._host.split("//")[1].strip("[]")
         socket.create_connection((host, source._port), timeout=5).close()
