@@ -405,7 +405,7 @@ def test_a_full_disk_makes_a_transfer_wait_and_loses_nothing(
 def test_a_closed_pipe_is_silent_and_a_full_one_is_an_error(
     cli: Cli, inside: Cli, ledger: sqlite3.Connection
 ) -> None:
-    for words in ([], ["journal"], [*T1, "1"]):
+    for words in ([], ["journal"], [*T1, "1"], [*T1, "1", "-v"]):
         reader, writer = os.pipe()
         os.close(reader)
         run = cli(*words, capture_output=False, stdout=writer, stderr=subprocess.PIPE)
