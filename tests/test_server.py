@@ -618,7 +618,8 @@ def test_a_client_outlasts_a_wrong_answer_or_says_to_ask_again(stage: Stage) -> 
     for way in WAYS:
         eight = [case for case in CASES if case.startswith(way)]
         clients |= {case: stage.start(*transfer(case), **changes[case]) for case in eight}
-        until(lambda: all(client.status() is not None for client in clients.values()))
+        for client in clients.values():
+            client.wait()
     assert [case for case in CASES if clients[case].wait() != 0] == FATAL
     for case in FATAL:
         assert "Nothing is lost. Run the same command again" in clients[case].error()
