@@ -628,7 +628,6 @@ def cents(text: str) -> int:
 
 def crash_after(kind: str) -> None:
     """From now on, this process dies as by kill -9 when an operation of that kind has settled."""
-
     real_settle = settle
 
     def settle_and_die(
@@ -668,11 +667,11 @@ def journal(db: sqlite3.Connection, only: str | None = None) -> bool:
         if only in (None, transfer_id):
             show(transfer_id, "in flight", amount, f"from {source} to {target}")
     if only is None:
-        for account, cents in balances.items():
-            show("balance", account, cents)
+        for account, amount in balances.items():
+            show("balance", account, amount)
 
     held = sum(balances.values())
-    moving = sum(cents for *_, cents in flights)
+    moving = sum(amount for *_, amount in flights)
     adds_up = balances == sums and held + moving == opened
     verdict = "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
     where = f"{money(held)} in accounts + {money(moving)} in flight"
@@ -878,7 +877,7 @@ def carry_whatever_steps_raise(processor: Any) -> None:
     """Replaces each exception of a step by one that the SDK can pass on to the saga.
 
     Without it, a SystemExit or a CancelledError in a step makes its transfer hang for ever, and an
-    exception that cannot be pickled, or has no text, ends the whole process.
+    exception that cannot be pickled, or whose text cannot be made, ends the whole process.
     """
     enqueue = processor.enqueue
 
