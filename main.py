@@ -450,7 +450,12 @@ def transfer_money(
 
 # ---- Running it ---------------------------------------------------------------------------------
 
-type Transfer = sdk.Function[..., Saga]  # `transfer_money`, as Resonate has registered it
+
+class Transfer(NamedTuple):
+    """What `submit` needs of Resonate."""
+
+    run: Callable[..., Any]  # runs `transfer_money`, under an id, and returns its result
+    remote: bool  # whether promises are kept on a server
 
 
 # A process that runs a transfer has a lease on it: a time in which no other process may take it
@@ -461,7 +466,7 @@ LEASE_IN_MEMORY = 10**6  # seconds
 def start(
     db: sqlite3.Connection, *, remote: bool = False, client: bool = False
 ) -> tuple[Resonate, Transfer]:
-    """Starts Resonate for this ledger. Returns Resonate, and the workflow that `submit` needs.
+    """Starts Resonate for this ledger. Returns Resonate, and what `submit` needs of it.
 
     Promises are kept in memory or, with `remote`, on the server that RESONATE_HOST names. With
     `remote`, this process is a client or a worker. A client runs only the transfers that it
@@ -481,10 +486,10 @@ def start(
     else:
         resonate = Resonate.local(group=group, ttl=LEASE_IN_MEMORY)
     resonate.set_dependency("db", db)
-    transfer = resonate.register(transfer_money).options(target=workers)
-    mend(resonate, transfer)  # repairs faults of the SDK: see the last part of this file
+    workflow = resonate.register(transfer_money).options(target=workers)
+    run = mend(resonate, workflow)  # repairs faults of the SDK: see the last part of this file
     resonate.start()
-    return resonate, transfer
+    return resonate, Transfer(run, remote)
 
 
 def submit(
@@ -527,9 +532,12 @@ def submit(
         )
     except (OperationConflict, ResonateCanceledError, ResonateTimedoutError) as error:
         result = error  # the promise store has no result for this request
-    # The ledger is right. A result counts only if it is of this request and the ledger agrees:
+    # A result counts only if it is of this request. One that was kept on a server may be old, or of
+    # another ledger: it counts only if our ledger, which is right, agrees.
+    expected = request
+    if transfer.remote:
+        expected = request | {"status": outcome(db, transfer_id)}
     # `<=` is true if `result` has every key of `expected`, with the same value.
-    expected = request | {"status": outcome(db, transfer_id)}
     if isinstance(result, dict) and expected.items() <= result.items():
         return result
     raise OperationConflict(conflict_message(db, transfer_id, source, target, amount, result))
@@ -675,7 +683,7 @@ def journal(db: sqlite3.Connection, only: str | None = None) -> bool:
     adds_up = balances == sums and held + moving == opened
     verdict = "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
     where = f"{money(held)} in accounts + {money(moving)} in flight"
-    print(f"  {where}, {money(opened)} opened: {verdict}", flush=True)
+    print(f"  {where}, {money(opened)} opened: {verdict}")
     return adds_up
 
 
@@ -806,7 +814,7 @@ def run_transfer(db: sqlite3.Connection, args: argparse.Namespace) -> int:
     }
     try:
         result = submit(db, transfer, args.id, args.source, args.target, args.amount, **simulate)
-    except (ValueError, OperationConflict, sqlite3.Error):
+    except (ValueError, OperationConflict):
         raise
     except Exception as error:
         says = f"the ledger says {outcome(db, args.id)!r} of {args.id!r}"
@@ -828,7 +836,9 @@ def print_result(result: Result) -> None:
 def main() -> int:
     args = parse()
     try:
-        return run(args)
+        status = run(args)
+        sys.stdout.flush()
+        return status
     except BrokenPipeError:
         return 2  # nobody reads the output any more, as after `| head`
     except sqlite3.Error as error:
@@ -845,18 +855,17 @@ def main() -> int:
 # is one reason why pyproject.toml holds it below 0.7.
 
 
-def mend(resonate: Resonate, transfer: Transfer) -> None:
-    """Repairs this engine, and `transfer.run`."""
+def mend(resonate: Resonate, workflow: sdk.Function[..., Saga]) -> Callable[..., Any]:
+    """Repairs this engine. Returns the function to call in place of `workflow.run`."""
     engine: Any = resonate
     use_one_logger()
     carry_whatever_steps_raise(engine._bridge._processor)
     if isinstance(engine._store, LocalStore):
         guard_store_in_memory(engine._store)
-        forget_what_is_finished(engine._store, engine._bridge, transfer)
-    else:
-        require_server(engine._store, engine._message_source)
-        outlast_server_errors(engine._store)
-        watch_while_waiting(engine._bridge, transfer)
+        return forget_what_is_finished(engine._store, engine._bridge, workflow)
+    require_server(engine._store, engine._message_source)
+    outlast_server_errors(engine._store)
+    return watch_while_waiting(engine._bridge, workflow)
 
 
 def use_one_logger() -> None:
@@ -945,7 +954,7 @@ class Forget:
     cid: str
 
 
-def forget_what_is_finished(store: Any, bridge: Any, transfer: Any) -> None:
+def forget_what_is_finished(store: Any, bridge: Any, workflow: Any) -> Callable[..., Any]:
     """Removes a transfer from the store in memory when its caller has the result.
 
     Without it, memory grows with each transfer, and each is slower than the one before. The ledger
@@ -959,14 +968,14 @@ def forget_what_is_finished(store: Any, bridge: Any, transfer: Any) -> None:
     busy = set[str]()  # transfers that run, or are still to be forgotten
     changed = threading.Condition()
 
-    def run_and_forget(transfer_id: str, /, *args: Any, **kwargs: Any) -> Any:
+    def run_and_forget(transfer_id: str, /, **arguments: Any) -> Any:
         with changed:
             changed.wait_for(
                 lambda: transfer_id not in busy or not bridge._bridge_thread.is_alive()
             )
             busy.add(transfer_id)
         try:
-            handle = transfer.begin_run(transfer_id, *args, **kwargs)
+            handle = workflow.begin_run(transfer_id, **arguments)
             handle.done()  # in spite of its name, asks to be told of the result
             while not wait([handle.future], timeout=2).done:
                 if not bridge._bridge_thread.is_alive():
@@ -995,7 +1004,8 @@ def forget_what_is_finished(store: Any, bridge: Any, transfer: Any) -> None:
         bridge._promise_id_to_task.pop(transfer_id, None)
         del computations[transfer_id]
 
-    transfer.run, bridge._scheduler.step = run_and_forget, step_or_forget
+    bridge._scheduler.step = step_or_forget
+    return run_and_forget
 
 
 def require_server(store: Any, source: Any) -> None:
@@ -1061,18 +1071,18 @@ WAITING = (
 PROMISE_EXISTS = 100.409  # the SDK's code for a promise that belongs to another request
 
 
-def watch_while_waiting(bridge: Any, transfer: Any) -> None:
+def watch_while_waiting(bridge: Any, workflow: Any) -> Callable[..., Any]:
     """Lets a client that waits say so, notice that the SDK has stopped, and ask again.
 
     Without it, a client waits in silence. It waits for ever if the SDK has stopped, or if the
     server has lost the transfer.
     """
 
-    def run_and_watch(transfer_id: str, /, *args: Any, **kwargs: Any) -> Any:
+    def run_and_watch(transfer_id: str, /, **arguments: Any) -> Any:
         said = False
         while bridge._bridge_thread.is_alive():
             # Ask again and again: if the server has lost the transfer, this creates it again.
-            handle = transfer.begin_run(transfer_id, *args, **kwargs)
+            handle = workflow.begin_run(transfer_id, **arguments)
             handle.done()  # in spite of its name, asks to be told of the result
             if wait([handle.future], timeout=2).done:
                 return handle.result()
@@ -1081,9 +1091,9 @@ def watch_while_waiting(bridge: Any, transfer: Any) -> None:
                 said = True
         raise ConnectionError("the SDK has stopped")
 
-    def run_or_conflict(transfer_id: str, /, *args: Any, **kwargs: Any) -> Any:
+    def run_or_conflict(transfer_id: str, /, **arguments: Any) -> Any:
         try:
-            return run_and_watch(transfer_id, *args, **kwargs)
+            return run_and_watch(transfer_id, **arguments)
         except (ConnectionError, ResonateShutdownError):
             raise
         except Exception as error:
@@ -1092,7 +1102,7 @@ def watch_while_waiting(bridge: Any, transfer: Any) -> None:
             # The promise belongs to another request, was rejected, or cannot be read.
             raise OperationConflict(str(error)) from error
 
-    transfer.run = run_or_conflict
+    return run_or_conflict
 
 
 def server_of(resonate: Any) -> tuple[str, Callable[[], None]]:
@@ -1123,4 +1133,4 @@ def report_sdk_failure_in_one_line() -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    os._exit(main())  # sys.exit would write again what a closed pipe or a full disk did not take

@@ -204,10 +204,9 @@ def our_transfer(db: sqlite3.Connection, **where: bool) -> Transfer:
 def their_transfer(db: Any, step: Callable[..., None], resonate: Resonate) -> Transfer:
     """The usual saga. The SDK is mended as it is for ours: both pay the same for that."""
     resonate.set_dependency("db", db)
-    transfer = resonate.register(usual_saga(step)).options(target="theirs")
-    main.mend(resonate, transfer)
+    run = main.mend(resonate, resonate.register(usual_saga(step)).options(target="theirs"))
     resonate.start()
-    return lambda transfer_id: transfer.run(transfer_id, transfer_id=transfer_id, **REQUEST)
+    return lambda transfer_id: run(transfer_id, transfer_id=transfer_id, **REQUEST)
 
 
 def speed(transfer: Transfer, threads: int, count: int) -> float:
