@@ -429,7 +429,9 @@ def served(folder: str, rounds: int, count: int) -> Any:
     """Speeds of a client that runs both sagas, by threads, and of workers, by their number."""
     ledger = f"{folder}/served"
     db = ours(ledger)
-    resonate, transfer = main.start(db, remote=True, client=True)
+    resonate, _ = main.start(db, remote=True, client=True)
+    [ledger_id] = db.execute("PRAGMA user_version").fetchone()
+    workers = resonate.options(target=f"money-transfer-{ledger_id}")
 
     def drained(number: int) -> float:
         """Transfers per second of so many workers, to whom a client leaves them."""
@@ -443,7 +445,8 @@ def served(folder: str, rounds: int, count: int) -> Any:
             started = time.perf_counter()
             deadline = started + 60
             for transfer_id in ids:
-                transfer.begin_rpc(transfer_id, transfer_id=transfer_id, **REQUEST)
+                request = REQUEST | {"transfer_id": transfer_id}
+                workers.begin_rpc(transfer_id, "transfer_money", **request)
             while main.balance(db, "bob") < goal:
                 assert time.perf_counter() < deadline, "the workers do not come to an end"
                 time.sleep(0.01)

@@ -160,13 +160,18 @@ def test_a_full_disk_makes_a_transfer_wait_and_say_so_until_there_is_room(ledger
 
 
 @pytest.mark.parametrize("words", ["", "journal", "transfer t1 alice bob 1 -v"])
-def test_a_closed_pipe_is_silent_and_a_full_output_is_an_error(cli, ledger, words):
+def test_a_closed_pipe_is_silent(cli, ledger, words):
     reader, writer = os.pipe()
     os.close(reader)
-    with open(writer, "w") as closed, open("/dev/full", "w") as full:
-        for output, said in ((closed, ""), (full, "error: [Errno 28] No space left on device\n")):
-            run = cli(*words.split(), capture_output=False, stdout=output, stderr=PIPE)
-            assert (run.status, run.err) == (2, said)
+    with open(writer, "w") as closed:
+        run = cli(*words.split(), capture_output=False, stdout=closed, stderr=PIPE)
+    assert (run.status, run.err) == (2, "")
+
+
+def test_a_full_output_is_an_error(cli, ledger):
+    with open("/dev/full", "w") as full:
+        run = cli("journal", capture_output=False, stdout=full, stderr=PIPE)
+    assert (run.status, run.err) == (2, "error: [Errno 28] No space left on device\n")
 
 
 def imports_the_sdk(child):

@@ -17,7 +17,6 @@ import main
 
 # Target and amount of a transfer from alice, what is simulated, and how it ends.
 TRANSFERS = {
-    "paid": ("bob", 3000, {}, "committed"),
     "no answer": ("bob", 3000, {"simulate_lost_answer": True}, "committed"),
     "no target": ("nobody", 3000, {}, "compensated"),
     "no funds": ("bob", 300000, {}, "rejected"),
@@ -37,7 +36,6 @@ def create(ledger, trace):
     db = main.open_ledger(ledger)
     main.open_account(db, "alice", 10000)
     check(db)
-    assert main.balance(db, "alice") == 10000
 
 
 def submit(name, ledger, trace):
@@ -124,7 +122,7 @@ def kill(name, folder):
 
 
 # So many kills that it cannot have left out a step. Their sum is in the README.
-AT_LEAST = {"creation": 70, "paid": 25, "no answer": 14, "no target": 50, "no funds": 8}
+AT_LEAST = {"creation": 70, "no answer": 25, "no target": 50, "no funds": 8}
 
 
 @pytest.mark.timeout(400)
@@ -133,13 +131,12 @@ def test_what_is_killed_at_any_statement_is_finished_by_the_next_process(name, r
     """Also if what finishes it is killed at any statement."""
     memory = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # a kill spares files there
     with tempfile.TemporaryDirectory(dir=memory) as folder:
-        code = f"import test_crash; test_crash.kill({name!r}, {folder!r})"
-        kills = int(in_a_process(code))
+        kills = int(in_a_process(f"import test_crash; test_crash.kill({name!r}, {folder!r})"))
     assert kills >= AT_LEAST[name]
     record_property("SIGKILLs of real processes at a statement: 0 lost or created", kills)
 
 
-def test_processes_that_do_the_same_or_want_the_same_money_agree(cli, ledger):
+def test_processes_that_do_the_same_or_want_the_same_money_agree(cli, inside, ledger):
     """One is told that the target refuses t0. There is money for t1 or t2, but not for both."""
     debited(ledger, "t0")
     commands = (
@@ -150,20 +147,19 @@ def test_processes_that_do_the_same_or_want_the_same_money_agree(cli, ledger):
         "recover",
     )
 
-    def run(words):
-        return cli(*words.split())
-
     with ThreadPoolExecutor(len(commands)) as pool:
-        same, refused, one, two, _ = pool.map(run, commands)
-    assert same.result == refused.result == run(commands[0]).result
+        runs = pool.map(lambda words: cli(*words.split()), commands)
+        same, refused, one, two, _ = runs
+    assert same.result == refused.result == inside(*commands[0].split()).result
     assert same.result["status"] in ("committed", "compensated")
     statuses = [one.result["status"], two.result["status"]]
     assert sorted(statuses) == ["committed", "rejected"]
-    assert cli("recover").status == 0
+    assert inside("recover").status == 0
 
 
-def test_a_transfer_waits_for_a_locked_ledger_and_goes_on_when_it_is_free(ledger, tmp_path, caplog):
-    """It is free as soon as the transfer says that it waits."""
+def test_a_transfer_waits_for_a_locked_ledger(ledger, tmp_path, monkeypatch, caplog):
+    """It goes on when the ledger is free: here, as soon as it says that it waits."""
+    monkeypatch.setattr("resonate.retry_policies.Exponential.next", lambda *_: 0.001)
     other = sqlite3.connect(tmp_path / "ledger.db", autocommit=True, check_same_thread=False)
     ledger.set_authorizer(None)  # it would deny the PRAGMA
     ledger.execute("PRAGMA busy_timeout = 20")

@@ -85,9 +85,6 @@ class Heard(NamedTuple):
     value: str | None
 
 
-FAULT = Heard(TimeoutError, "no answer")
-
-
 class Ledger:
     """What a ledger holds. There is one object for each content, so that they compare fast."""
 
@@ -211,7 +208,7 @@ def moves(ledger, history):
             Move(f"{step} will land late, and is run again", ledger, history, late),
         ]
     if step.may_be_told(TimeoutError):
-        told = tell(history, FAULT)
+        told = tell(history, Heard(TimeoutError, "no answer"))
         found += [
             Move(f"{step} fails", ledger, told),
             Move(f"{step} lands, but fails", after, told),

@@ -80,7 +80,7 @@ def modelled(balances, source, target, amount, simulate):
     return {"status": "committed"}
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=50, deadline=None, suppress_health_check=list(HealthCheck))
 @given(balances=OPENINGS, requests=st.lists(REQUESTS, max_size=15))
 def test_any_sequence_of_transfers_does_what_a_model_says(engine, balances, requests):
     """An id that comes again has the same result, or is a conflict, whatever has changed since."""
@@ -141,11 +141,13 @@ def test_no_answer_is_believed_that_the_ledger_contradicts(db, lie):
         submit(db, transfer, "t1", "alice", "bob", 500)
 
 
-def test_a_reversal_that_conflicts_ends_its_transfer_and_does_not_hang(db, transfer):
-    debited(db, "t1")
-    main.settle(db, Operation("t1-reversal", "t1", "reversal", "alice", 500, "carol"))
+def test_a_reversal_that_was_there_before_is_the_one_or_a_conflict(db, transfer):
+    debited(db, "t1", "t2")
+    for name, other in (("t1", "bob"), ("t2", "carol")):
+        main.settle(db, Operation(f"{name}-reversal", name, "reversal", "alice", 500, other))
+    assert submit(db, transfer, "t1", "alice", "bob", 500)["status"] == "compensated"
     with pytest.raises(OperationConflict):
-        submit(db, transfer, "t1", "alice", "bob", 500)
+        submit(db, transfer, "t2", "alice", "bob", 500)
 
 
 class Mute(Exception):
@@ -159,11 +161,11 @@ ANSWERS = [
     (SystemExit(3), "SystemExit: 3"),
     (Mute(), "Mute"),
     (ValueError("\ud800"), "ValueError: \\ud800"),
-    (Exception(threading.Lock()), "Exception: <unlocked"),  # it cannot be pickled
+    (ImportError("gone", name=threading.Lock()), "ImportError: gone"),  # it cannot be pickled
     (TransferRejected(Mute()), "TransferRejected('')"),
     (OperationConflict("mine"), "mine"),
-    (HTTPMethod.GET, None),
-    ({"py/object": "os.abort"}, None),
+    ({(1, 2): 3}, None),  # the SDK cannot encode these two
+    (10**5000, None),
 ]
 
 
@@ -186,7 +188,7 @@ def any_answer():
         if error:
             result = submit(db, transfer, f"fails-{number}", "alice", "bob", 1)
             assert result["status"] == "compensated", answer
-            assert str(result["error"]).startswith(error)
+            assert result["error"] == error
     check(db)
 
 
@@ -242,16 +244,17 @@ def test_a_transfer_whose_caller_is_interrupted_can_be_asked_for_again(db, trans
 
 
 def test_recover_tells_of_each_at_once_and_goes_on_after_one_that_it_cannot_finish(db, transfer):
-    debited(db, "d.1", "whole", "taken")
-    credit = Operation("taken-credit", "taken", "credit", "carol", 500, "alice")
-    main.settle(db, credit, void="this credit is of carol")
+    debited(db, "d.1", "void", "taken")
+    for name, account in (("void", "bob"), ("taken", "carol")):
+        credit = Operation(f"{name}-credit", name, "credit", account, 500, "alice")
+        main.settle(db, credit, void="gone")
     told = []
 
     def report(result):
         told.append((result["transfer_id"], result["status"], len(main.in_flight(db))))
 
     results = main.recover(db, transfer, report)
-    assert told == [("d.1", "in flight", 3), ("whole", "committed", 2), ("taken", "in flight", 2)]
+    assert told == [("d.1", "in flight", 3), ("void", "compensated", 2), ("taken", "in flight", 2)]
     error = results[2].pop("error")
     assert "'taken-credit' is already used: 5.00 on account carol" in error
     assert results[2] == request("taken", "alice", "bob", 500) | {"status": "in flight"}
