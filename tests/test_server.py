@@ -110,8 +110,7 @@ class Stage:
     def worker(self, ledger="ledger.db", odd=""):
         """A worker, as soon as it says where it works."""
         process = self.start(f"worker --ledger {ledger}", odd)
-        path = os.path.abspath(ledger)
-        line = f"worker on {path} at http://localhost:{self.ports['8001']}\n"
+        line = f"worker on {os.path.abspath(ledger)} at http://localhost:{self.ports['8001']}\n"
         assert process.stdout.readline() == line
         return process
 
@@ -157,6 +156,7 @@ def frozen_worker():
     sys.exit(main.main())
 
 
+@pytest.mark.timeout(300)
 def test_a_thawed_workers_late_credit_is_refused(stage, client):
     """It has lost the lease, and another has compensated. Without the void, it creates money."""
     frozen = stage.worker(odd="frozen_worker")
