@@ -947,6 +947,13 @@ def guard_store_in_memory(store: Any) -> None:
     store._tasks = Locked(store._tasks, store._cond)
 
 
+def ask(workflow: Any, transfer_id: str, arguments: dict[str, Any]) -> Any:
+    """Starts a transfer, or joins one that runs. Returns the SDK's handle of its result."""
+    handle = workflow.begin_run(transfer_id, **arguments)
+    handle.done()  # in spite of its name, asks to be told of the result
+    return handle
+
+
 @dataclass
 class Forget:
     """Says to the scheduler that nobody waits for transfer `cid` any more."""
@@ -975,8 +982,7 @@ def forget_what_is_finished(store: Any, bridge: Any, workflow: Any) -> Callable[
             )
             busy.add(transfer_id)
         try:
-            handle = workflow.begin_run(transfer_id, **arguments)
-            handle.done()  # in spite of its name, asks to be told of the result
+            handle = ask(workflow, transfer_id, arguments)
             while not wait([handle.future], timeout=2).done:
                 if not bridge._bridge_thread.is_alive():
                     raise ConnectionError("Resonate was stopped")
@@ -1082,8 +1088,7 @@ def watch_while_waiting(bridge: Any, workflow: Any) -> Callable[..., Any]:
         said = False
         while bridge._bridge_thread.is_alive():
             # Ask again and again: if the server has lost the transfer, this creates it again.
-            handle = workflow.begin_run(transfer_id, **arguments)
-            handle.done()  # in spite of its name, asks to be told of the result
+            handle = ask(workflow, transfer_id, arguments)
             if wait([handle.future], timeout=2).done:
                 return handle.result()
             if not said:
@@ -1127,9 +1132,7 @@ class LastWords(logging.Handler):
 
 def report_sdk_failure_in_one_line() -> None:
     """Makes a command print one line, and no traceback, when the SDK gives up."""
-    logger = logging.getLogger("resonate.utils")
-    logger.addHandler(LastWords())
-    logger.propagate = False
+    logging.getLogger("resonate.utils").addHandler(LastWords())
 
 
 if __name__ == "__main__":

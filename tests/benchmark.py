@@ -1,7 +1,7 @@
 """What it costs, measured: `uv run tests/benchmark.py`, under four minutes on two cores.
 
 --quick takes less than a minute, and its figures are rough. --long makes 100,000 transfers in one
-process, twice, where the default makes 10,000: that takes about ten minutes more. --others adds
+process, twice, where the default makes 10,000: that takes about eight minutes more. --others adds
 DBOS and LangGraph, installed from the package index outside the project.
 
 What is compared takes turns, in several rounds. A row gives the minimum, the median and the maximum
@@ -476,7 +476,7 @@ def server(folder: str, rounds: int, count: int) -> None:
     try:
         with serving(folder):
             clients, drained = in_child(served, folder, rounds, count)
-    except OSError as reason:
+    except ConnectionError as reason:
         print(f"\nOn a server: skipped, {reason}")
         return
     table("The saga on a server, to two empty steps", "transfers/s")

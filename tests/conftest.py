@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import signal
+import sqlite3
 import subprocess
 import sys
 import threading
@@ -51,10 +52,22 @@ def opened(path=":memory:"):
     return ledger
 
 
-def debited(db, *transfer_ids, target="bob"):
-    """Leaves transfers of 5.00 from alice in flight."""
+def debited(db, *transfer_ids):
+    """Leaves transfers of 5.00 from alice to bob in flight."""
     for name in transfer_ids:
-        main.settle(db, main.Operation(f"{name}-debit", name, "debit", "alice", -500, target))
+        main.settle(db, main.Operation(f"{name}-debit", name, "debit", "alice", -500, "bob"))
+
+
+def connecting(prepare):
+    """`sqlite3.connect`, but it prepares each new connection."""
+    connect = sqlite3.connect
+
+    def connect_and_prepare(*args, **options):
+        db = connect(*args, **options)
+        prepare(db)
+        return db
+
+    return connect_and_prepare
 
 
 def in_a_process(code):
@@ -118,9 +131,8 @@ def cli(tmp_path, monkeypatch):
     monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
     def run(*words, **options):
-        usual = {"cwd": tmp_path, "capture_output": True, "text": True, "errors": "replace"}
-        command = [sys.executable, str(MAIN), *words]
-        done = subprocess.run(command, check=False, **usual | {"timeout": 60} | options)
+        usual = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
+        done = subprocess.run([sys.executable, str(MAIN), *words], **usual | options)
         return Run(done.returncode, done.stdout, done.stderr)
 
     return run
@@ -131,11 +143,10 @@ def inside(monkeypatch, tmp_path, capsys):
     """As `cli`, but in this process, which is faster. What a command sets is put back."""
     monkeypatch.chdir(tmp_path)
     handler, level = signal.getsignal(signal.SIGINT), main.LOG.level
-    sdk = logging.getLogger("resonate.utils")
     root = logging.getLogger()
 
     def run(*words):
-        monkeypatch.setattr(sys, "argv", ["main.py", *map(os.fsdecode, words)])
+        monkeypatch.setattr(sys, "argv", ["main.py", *words])
         handlers = root.handlers[:]
         try:
             status = main.main()
@@ -147,8 +158,7 @@ def inside(monkeypatch, tmp_path, capsys):
     yield run
     signal.signal(signal.SIGINT, handler)
     main.LOG.setLevel(level)
-    sdk.handlers.clear()
-    sdk.propagate = True
+    logging.getLogger("resonate.utils").handlers.clear()
 
 
 # What this very run has tried: a test adds to it by `record_property(words, number)`.
@@ -158,7 +168,7 @@ TRIED = Counter()
 def pytest_runtest_logreport(report):
     if report.when == "call" and report.passed:
         for words, number in report.user_properties:
-            TRIED[words] += int(str(number))
+            TRIED[words] += number
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 
 import pytest
-from conftest import check, debited, in_a_process, opened, settled
+from conftest import check, connecting, debited, in_a_process, opened, settled
 
 import main
 
@@ -25,14 +25,7 @@ TRANSFERS = {
 
 def create(ledger, trace):
     """What the first `python main.py open` does."""
-    connect = sqlite3.connect
-
-    def connect_traced(*args, **options):
-        db = connect(*args, **options)
-        db.set_trace_callback(trace)
-        return db
-
-    sqlite3.connect = connect_traced
+    sqlite3.connect = connecting(lambda db: db.set_trace_callback(trace))
     db = main.open_ledger(ledger)
     main.open_account(db, "alice", 10000)
     check(db)
@@ -146,7 +139,6 @@ def test_processes_that_do_the_same_or_want_the_same_money_agree(cli, inside, le
         "transfer t2 alice bob 60",
         "recover",
     )
-
     with ThreadPoolExecutor(len(commands)) as pool:
         runs = pool.map(lambda words: cli(*words.split()), commands)
         same, refused, one, two, _ = runs

@@ -5,7 +5,7 @@ from contextlib import closing, redirect_stdout, suppress
 from types import SimpleNamespace
 
 import pytest
-from conftest import check, opened
+from conftest import check, connecting, opened
 
 import main
 from main import Operation, OperationConflict, TransferRejected, apply_entry, give_up, settle
@@ -226,14 +226,8 @@ def get(db, pragma):
 
 def test_a_ledger_opens_again_beside_a_reader_or_a_writer_too_and_is_durable(path, db, monkeypatch):
     """With SQLite as it may have been built, and in a hurry. The reader keeps it from WAL."""
-    real = sqlite3.connect
-
-    def connect(*args, **options):
-        hasty = real(*args, **options)
-        hasty.executescript("PRAGMA synchronous = OFF; PRAGMA busy_timeout = 20")
-        return hasty
-
-    monkeypatch.setattr(main.sqlite3, "connect", connect)
+    hasty = "PRAGMA synchronous = OFF; PRAGMA busy_timeout = 20"
+    monkeypatch.setattr(sqlite3, "connect", connecting(lambda db: db.executescript(hasty)))
     opened(path).close()
     with closing(sqlite3.connect(path, autocommit=True)) as other:
         other.executescript("PRAGMA journal_mode = DELETE; BEGIN; SELECT * FROM entries")
@@ -252,8 +246,7 @@ def test_a_ledger_opens_again_beside_a_reader_or_a_writer_too_and_is_durable(pat
 @pytest.mark.parametrize("moment", ["BEGIN", "PRAGMA application_id ="])
 def test_two_processes_that_create_a_ledger_at_once_create_one(path, moment, monkeypatch):
     """Another creates it right before this one begins. When this one has begun, it cannot."""
-    connect = sqlite3.connect
-    other = connect(path, timeout=0, autocommit=True)
+    other = sqlite3.connect(path, timeout=0, autocommit=True)
     settings = f"PRAGMA application_id = {main.APPLICATION_ID}; PRAGMA user_version = 7"
 
     def meanwhile(sql):
@@ -262,12 +255,7 @@ def test_two_processes_that_create_a_ledger_at_once_create_one(path, moment, mon
                 other.execute("BEGIN IMMEDIATE")
                 other.executescript(f"{settings}; {main.SCHEMA}; COMMIT")
 
-    def connect_traced(*args, **options):
-        db = connect(*args, **options)
-        db.set_trace_callback(meanwhile)
-        return db
-
-    monkeypatch.setattr(main.sqlite3, "connect", connect_traced)
+    monkeypatch.setattr(sqlite3, "connect", connecting(lambda db: db.set_trace_callback(meanwhile)))
     with closing(main.open_ledger(path)) as db:
         assert (get(db, "user_version") == 7) == (moment == "BEGIN")
     other.close()

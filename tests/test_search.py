@@ -171,8 +171,9 @@ class Move(NamedTuple):
 def beginning(world):
     """Alice can pay or, in a poor world, can pay when a gift has landed."""
     db = Ledger(world.schema, []).open()
-    for account, opening in (("alice", 3100), ("bob", 0), ("bank", CENTS)):
-        main.open_account(db, account, 100 if world.poor and account == "alice" else opening)
+    alice = 100 if world.poor else 3100
+    for account, opening in (("alice", alice), ("bob", 0), ("bank", CENTS)):
+        main.open_account(db, account, opening)
     main.settle(db, Operation("gift-debit", "gift", "debit", "bank", -CENTS, "alice"))
     gift = Step(apply_entry, Operation("gift-credit", "gift", "credit", "alice", CENTS, "bank"))
     late = frozenset([gift] if world.poor else [])
@@ -195,7 +196,6 @@ def lands(ledger, step, **simulate):
 def moves(ledger, history):
     """Everything that can happen next to one executor."""
     step = history.step
-    assert step
     after, heard = lands(ledger, step)
     late = frozenset([step])
     found = []

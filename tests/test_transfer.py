@@ -8,7 +8,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from http import HTTPMethod, HTTPStatus
 from itertools import count, product
-from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -263,7 +262,7 @@ def test_recover_tells_of_each_at_once_and_goes_on_after_one_that_it_cannot_fini
 def watch_the_lock(store, guard=main.guard_store_in_memory):
     """Makes it an error if a thread uses the store in memory, and does not hold its lock."""
 
-    class Watched(dict[str, Any]):
+    class Watched(dict):
         def __getattribute__(self, name):
             store._cond.notify(0)  # the error, if so
             return super().__getattribute__(name)
