@@ -1,16 +1,17 @@
-"""What the tests share: ledgers, engines, the command line, the oracle, and the closing count."""
+"""What the tests share: ledgers, banks, commands, the oracle, and the closing count."""
 
-import json
-import logging
+import itertools
+import multiprocessing
 import os
+import shutil
 import signal
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import threading
 from collections import Counter
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
@@ -18,24 +19,46 @@ import main
 
 MAIN = Path(main.__file__)
 ENVIRONMENT = os.environ | {"PYTHONPATH": f"{MAIN.parent}{os.pathsep}{MAIN.parent / 'tests'}"}
+ENVIRONMENT.pop("PYTHONUNBUFFERED", None)
+
+
+def adds_up(db):
+    """The oracle: all the money is there. It reads `operations`, and uses no view or trigger.
+
+    Returns what is in flight.
+    """
+    balances, flying = Counter(), Counter()
+    query = "SELECT transfer_id, kind, account, amount FROM operations WHERE void IS NULL"
+    for transfer_id, kind, account, amount in db.execute(query):
+        balances[account] += amount
+        flying[transfer_id] -= amount if kind != "opening" else 0
+    assert min(flying.values(), default=0) >= 0, "a transfer pays out more than it took"
+    assert min(balances.values(), default=0) >= 0, "a balance is below zero"
+    assert dict(balances) == dict(db.execute("SELECT account, balance FROM accounts"))
+    return +flying
 
 
 def check(db):
-    """The oracle: every cent is somewhere, and each balance is the sum of its entries.
-
-    It adds up the table of operations by itself, and uses no view of the schema.
-    """
-    query = "SELECT transfer_id, kind, account, amount FROM operations WHERE void IS NULL"
-    balances = Counter()
-    flying = Counter()
-    for transfer_id, kind, account, amount in db.execute(query).fetchall():
-        balances[account] += amount
-        if kind != "opening":
-            flying[transfer_id] -= amount
-    assert dict(balances) == dict(db.execute("SELECT account, balance FROM accounts"))
-    assert min(balances.values(), default=0) >= 0, "a balance is below zero"
-    assert min(flying.values(), default=0) >= 0, "a transfer paid out more than it took"
-    assert +flying == {transfer_id: amount for transfer_id, *_, amount in main.in_flight(db)}
+    """The oracle, and that each row is as the law of the ledger has it."""
+    rows = {row[0]: main.Operation(*row[:6]) for row in db.execute("SELECT * FROM operations")}
+    voids = {op_id for (op_id,) in db.execute("SELECT op_id FROM operations WHERE void <> ''")}
+    accounts = {account for (account,) in db.execute("SELECT account FROM accounts")}
+    for row in rows.values():
+        assert [type(column) for column in row] == [str, str, str, str, int, str]
+        assert row.op_id == f"{row.transfer_id}-{row.kind}"
+        sides = (row.account, row.counterparty)
+        if row.kind == "opening":
+            assert row.transfer_id == row.account and row.op_id not in voids
+        elif row.kind == "debit":
+            assert row.amount < 0 and (row.op_id in voids or accounts >= {*sides})
+        else:
+            debit = rows[f"{row.transfer_id}-debit"]
+            paid = (debit.account, debit.counterparty, -debit.amount)
+            assert debit.op_id not in voids
+            assert (*(sides if row.kind == "reversal" else sides[::-1]), row.amount) == paid
+        if row.kind == "reversal":
+            assert row.op_id not in voids and f"{row.transfer_id}-credit" in voids
+    return adds_up(db)
 
 
 def settled(db):
@@ -46,41 +69,26 @@ def settled(db):
 
 def opened(path=":memory:"):
     """A ledger in which alice has 100.00 and bob 50.00."""
-    ledger = main.open_ledger(path)
+    ledger = main.open_ledger(os.fspath(path))
     main.open_account(ledger, "alice", 10000)
     main.open_account(ledger, "bob", 5000)
     return ledger
 
 
-def debited(db, *transfer_ids):
-    """Leaves transfers of 5.00 from alice to bob in flight."""
-    for name in transfer_ids:
-        main.settle(db, main.Operation(f"{name}-debit", name, "debit", "alice", -500, "bob"))
-
-
-def connecting(prepare):
-    """`sqlite3.connect`, but it prepares each new connection."""
-    connect = sqlite3.connect
-
-    def connect_and_prepare(*args, **options):
-        db = connect(*args, **options)
-        prepare(db)
-        return db
-
-    return connect_and_prepare
-
-
-def in_a_process(code):
-    """Runs code that may hang, or end its process, if what is tested is broken. What it prints."""
-    words = [sys.executable, "-c", code]
-    done = subprocess.run(words, env=ENVIRONMENT, capture_output=True, text=True)
-    assert (done.returncode, done.stderr[-500:]) == (0, "")
-    return done.stdout
+def operation(op_id, **changes):
+    """An operation of a transfer of 5.00 from alice to bob."""
+    transfer_id, _, kind = op_id.rpartition("-")
+    columns = {"account": "alice", "amount": 500, "counterparty": "bob"}
+    if kind == "debit":
+        columns["amount"] = -500
+    if kind == "credit":
+        columns |= {"account": "bob", "counterparty": "alice"}
+    return main.Operation(op_id, transfer_id, kind, **columns | changes)
 
 
 @pytest.fixture
 def db():
-    """A ledger in memory, of alice and bob. Whatever a test did to it, it still adds up."""
+    """A ledger in memory, of alice and bob. Whatever a test does to it, it still adds up."""
     ledger = opened()
     yield ledger
     check(ledger)
@@ -88,77 +96,94 @@ def db():
 
 
 @pytest.fixture
-def engine(db):
-    """The SDK on that ledger, with a promise store that knows nothing."""
-    resonate, transfer = main.start(db)
-    yield resonate, transfer
-    threading.Thread(target=resonate.stop).start()  # it takes the SDK 0.3 s
-
-
-@pytest.fixture
-def transfer(engine):
-    return engine[1]
-
-
-class Run(NamedTuple):
-    """What a command did."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def results(self):
-        return [json.loads(line) for line in self.out.splitlines() if line.startswith("{")]
-
-    @property
-    def result(self):
-        return self.results[-1]
+def bank(db):
+    bank = main.start(db)
+    yield bank
+    threading.Thread(target=bank.resonate.stop).start()  # it takes the SDK 0.3 s
 
 
 @pytest.fixture
 def ledger(tmp_path):
     """The ledger of `cli`, of alice and bob; it adds up when the test ends."""
-    connection = opened(os.fspath(tmp_path / "ledger.db"))
+    connection = opened(tmp_path / "ledger.db")
     yield connection
     check(connection)
     connection.close()
 
 
 @pytest.fixture
-def cli(tmp_path, monkeypatch):
+def cli(tmp_path):
     """Runs `python main.py ...` as a process, in a folder of its own."""
-    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
-    def run(*words, **options):
+    def run(words, **options):
         usual = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
-        done = subprocess.run([sys.executable, str(MAIN), *words], **usual | options)
-        return Run(done.returncode, done.stdout, done.stderr)
+        command = [sys.executable, str(MAIN), *(words.split() if isinstance(words, str) else words)]
+        return subprocess.run(command, **{"env": ENVIRONMENT} | usual | options)
 
     return run
 
 
-@pytest.fixture
-def inside(monkeypatch, tmp_path, capsys):
-    """As `cli`, but in this process, which is faster. What a command sets is put back."""
-    monkeypatch.chdir(tmp_path)
-    handler, level = signal.getsignal(signal.SIGINT), main.LOG.level
-    root = logging.getLogger()
+def in_a_process(code):
+    """Runs code that may hang, or end its process, if what is tested is broken. What it prints."""
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr[-500:]) == (0, "")
+    return done.stdout
 
-    def run(*words):
-        monkeypatch.setattr(sys, "argv", ["main.py", *words])
-        handlers = root.handlers[:]
-        try:
-            status = main.main()
-        except SystemExit as end:
-            status = end.code
-        root.handlers[:] = handlers
-        return Run(status, *capsys.readouterr())
 
-    yield run
-    signal.signal(signal.SIGINT, handler)
-    main.LOG.setLevel(level)
-    logging.getLogger("resonate.utils").handlers.clear()
+def in_a_folder(code):
+    """As `in_a_process`, with a `folder`; in memory if there is such a disk: a kill spares it."""
+    with tempfile.TemporaryDirectory(
+        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
+    ) as folder:
+        return in_a_process(f"folder = {folder!r} + '/0'; import os; os.mkdir(folder); {code}")
+
+
+def is_killed(work, folder, number):
+    """Whether a process that does this work, and kills itself at the n-th statement, gets there."""
+    numbers = itertools.count(1)
+    connect = sqlite3.connect
+
+    def trace(_sql):
+        if next(numbers) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def connect_and_trace(*args, **options):
+        db = connect(*args, **options)
+        db.set_trace_callback(trace)
+        return db
+
+    def run():
+        for descriptor in (1, 2):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), descriptor)
+        sqlite3.connect = connect_and_trace
+        work(folder)
+        os._exit(0)
+
+    child = multiprocessing.get_context("fork").Process(target=run)
+    child.start()
+    child.join(timeout=60)
+    assert child.exitcode in (0, -signal.SIGKILL)
+    return child.exitcode != 0
+
+
+def kill_everywhere(work, again, state_of, folder, known=frozenset()):
+    """Kills the work at every statement, each time in a copy of the folder. Returns how often.
+
+    If that leaves a state that is not yet known, what finishes it is killed everywhere, and so on.
+    """
+    known = known or set()
+    known.add(state_of(folder))
+    kills = 0
+    for number in itertools.count(1):
+        copy = f"{folder}-{number}"
+        shutil.copytree(folder, copy)
+        if not is_killed(work, copy, number):
+            assert len(state_of(copy)) == 1, "a transfer stays in flight"
+            return kills
+        kills += 1
+        if state_of(copy) not in known:
+            kills += kill_everywhere(again, again, state_of, copy, known)
 
 
 # What this very run has tried: a test adds to it by `record_property(words, number)`.
@@ -167,17 +192,9 @@ TRIED = Counter()
 
 def pytest_runtest_logreport(report):
     if report.when == "call" and report.passed:
-        for words, number in report.user_properties:
-            TRIED[words] += number
+        TRIED.update(dict(report.user_properties))
 
 
 def pytest_terminal_summary(terminalreporter):
-    if not TRIED:
-        return
-    terminalreporter.section("tried in this run")
     for words, number in TRIED.items():
         terminalreporter.line(f"{number:>9,} {words}")
-    skipped = terminalreporter.stats.get("skipped", [])
-    if skipped:
-        why = str(skipped[0].longrepr[2]).removeprefix("Skipped: ")
-        terminalreporter.line(f"{len(skipped):>9,} tests skipped: {why}")
