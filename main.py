@@ -1,8 +1,9 @@
 """A money transfer that neither loses nor creates money, whatever crashes: this file is all of it.
 
-Money moves between two accounts that no single transaction can change, as at two banks. (Here one
-SQLite file plays both, but no step changes both accounts.) The usual answer is a saga: take the
-money from the source (debit), pay the target (credit); if that fails, undo the debit (reversal).
+Money moves between two accounts that no single transaction can change together, as at two banks.
+(Here one SQLite file plays both, but no step changes both accounts.) The usual answer is a saga:
+take the money from the source (debit), pay the target (credit); if that fails, undo the debit
+(reversal).
 
 That saga can create money, because an error does not prove that nothing happened. A credit can fail
 for its caller and yet have happened (its answer was lost), or happen later (it was slow). If the
@@ -17,19 +18,20 @@ in flight  a transfer that is debited, and neither credited nor reversed yet
 
     The rule: before you give up on an operation, settle it as a void.
 
-The op id is the primary key of the ledger, so whichever row comes first stays. If it is the void,
-the credit can never happen (one that comes late finds the void, and does nothing), and the debit
-can be reversed. If it is the entry, the credit has succeeded, whatever its caller was told. The
-ledger refuses what breaks the rule: it pays out only what a debit took, and it reverses a debit
-only if the credit is a void. So balances + in flight = all the money that the accounts opened with.
+The op id is the primary key of the ledger, so whichever row comes first stays. If a credit is a
+void, it can never happen (if it comes late, it finds the void, and does nothing), and the debit can
+be reversed. If it is an entry, it has happened, whatever its caller was told. The ledger refuses
+what breaks the rule: it pays out only what a debit took, and it reverses a debit only if the credit
+is a void. So balances + amounts in flight = all the money that the accounts opened with.
 
     debit -- entry --> credit -- entry -----------------> committed
       |                  `------ void --> reversal -----> compensated
       `----- void --------------------------------------> rejected
 
-Resonate (SDK 0.6.7, Python 3.12 or newer) runs the saga. It may run a step twice, or late, or lose
-its memory in a crash: then the saga runs again from the top, perhaps beside an older run of itself.
-That is safe, because a step that runs again finds its row in the ledger, and gives the same answer.
+Resonate (SDK 0.6.7, Python 3.12 or newer) runs the saga. It may run a step twice, or late. After a
+crash, `recover` or a Resonate server runs the saga again from the top, perhaps beside an older run.
+That is safe: a step that runs again finds its row in the ledger, and moves nothing.
+
 `python main.py` is a tour, and `python main.py --help` lists the commands.
 """
 
@@ -99,7 +101,7 @@ def transfer_money(
     if reason is not None:
         return "rejected"
 
-    # Step 2: credit the target. Never() again: after one error, `give_up` decides.
+    # Step 2: credit the target, and do not retry: after one error, `give_up` decides.
     try:
         yield ctx.run(
             credit_target, credit, fail=simulate_credit_failure, lose_answer=simulate_lost_answer
@@ -121,7 +123,7 @@ class OperationConflict(Exception):
     """An op id, or the id of a transfer, is already used for something else."""
 
 
-# They would come again for ever. (Exact types: not OperationalError, as when the file is locked.)
+# Errors that no retry cures. (Resonate compares exact types: an OperationalError is retried.)
 FINAL = (OperationConflict, sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DatabaseError)
 
 
@@ -131,9 +133,9 @@ def apply_entry(ctx: Context, operation: Operation) -> str | None:
 
 
 def credit_target(ctx: Context, credit: Operation, *, fail: bool, lose_answer: bool) -> None:
-    """Credits the target: the only step that would talk to another bank. With `fail` the target is
-    not paid, with `lose_answer` it is, and the saga sees the same error. Raises RuntimeError,
-    whatever goes wrong: Resonate cannot carry every exception."""
+    """Credits the target. With `fail` it is not paid, with `lose_answer` it is, and the saga sees
+    the same error. Raises RuntimeError, whatever goes wrong: the saga catches that, and Resonate
+    cannot carry every exception."""
     try:
         problem = None if fail else apply_entry(ctx, credit)
         if fail or lose_answer:
@@ -172,23 +174,23 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
     An entry that the ledger refuses is settled as a void. Returns None if the operation is now an
     entry, and the reason if it is a void: the same for ever. Raises OperationConflict if the op id
     is that of another operation, and sqlite3.IntegrityError if the ledger refuses even the void.
-    After any other sqlite3.Error the outcome is unknown: call again."""
+    After an sqlite3.OperationalError the outcome is unknown: call again."""
     insert = "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (op_id) DO NOTHING"
     select = "SELECT * FROM operations WHERE op_id = ?"
     with LOCK:
-        try:  # one statement is one transaction: the row, the balance and the checks, or nothing
+        try:  # with autocommit, a statement is a transaction: row, balance and checks, or nothing
             db.execute(insert, (*operation, void))
         except sqlite3.IntegrityError as refusal:
             # If another process settles it between these two inserts, the other's row stays.
             db.execute(insert, (*operation, str(refusal)))
         row = db.execute(select, (operation.op_id,)).fetchone()
-    *columns, void = row
+    *columns, reason = row
     settled = Operation(*columns)
     if settled != operation:
         raise OperationConflict(f"{operation.op_id!r} is already used: {settled}")
-    outcome = "an entry" if void is None else printable(f"a void: {void}")
-    LOG.info("%s is %s", operation.op_id, outcome)  # --crash-after looks for this
-    return void
+    outcome = "an entry" if reason is None else printable(f"a void: {reason}")
+    LOG.info("%s is %s", operation.op_id, outcome)  # --crash-after looks for this text
+    return None if reason is None else str(reason)
 
 
 SCHEMA = """
@@ -216,14 +218,14 @@ BEGIN
   UPDATE accounts SET balance = balance + NEW.amount WHERE account = NEW.account;
   SELECT RAISE(ABORT, 'insufficient funds')
     FROM accounts WHERE account = NEW.account AND balance < 0;
-  -- A debit needs both accounts, so that its credit and its reversal can always happen.
+  -- A debit needs two accounts, both open, so that its credit and reversal can always happen.
   SELECT RAISE(ABORT, 'unknown account') WHERE NEW.kind = 'debit' AND 2 > (
     SELECT count(*) FROM accounts WHERE account IN (NEW.account, NEW.counterparty));
 END;
 
 CREATE TRIGGER IF NOT EXISTS rule AFTER INSERT ON operations WHEN NEW.kind IN ('credit', 'reversal')
 BEGIN
-  -- "It pays out only what a debit took": the same amount, between the same accounts.
+  -- "It pays out only what a debit took": the same amount and accounts (for a credit, swapped).
   SELECT RAISE(ABORT, 'no such debit') WHERE NOT EXISTS (SELECT 1 FROM operations
     WHERE op_id = NEW.transfer_id || '-debit' AND void IS NULL AND amount = -NEW.amount
       AND CASE NEW.kind WHEN 'credit' THEN (account, counterparty) = (NEW.counterparty, NEW.account)
@@ -231,7 +233,8 @@ BEGIN
   -- "It reverses a debit only if the credit is a void."
   SELECT RAISE(ABORT, 'the credit is not a void') WHERE NEW.kind = 'reversal' AND NOT EXISTS (
     SELECT 1 FROM operations WHERE op_id = NEW.transfer_id || '-credit' AND void IS NOT NULL);
-  SELECT RAISE(ABORT, 'a reversal is no void') WHERE NEW.kind = 'reversal' AND NEW.void IS NOT NULL;
+  SELECT RAISE(ABORT, 'a reversal is never a void')
+    WHERE NEW.kind = 'reversal' AND NEW.void IS NOT NULL;
 END;
 
 -- What has settled is final. (INSERT OR REPLACE would delete a row without a DELETE trigger.)
@@ -243,7 +246,7 @@ BEGIN SELECT RAISE(ABORT, 'operations are final'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON operations
 BEGIN SELECT RAISE(ABORT, 'operations are final'); END;
 
-CREATE VIEW IF NOT EXISTS transfers AS  -- what became of each; found by debit_id, a primary key
+CREATE VIEW IF NOT EXISTS transfers AS  -- the state of each; look it up by debit_id
   SELECT debit.op_id AS debit_id, debit.transfer_id, debit.account AS source,
     debit.counterparty AS target, -debit.amount AS amount,
     CASE WHEN debit.void IS NOT NULL THEN 'rejected'
@@ -255,7 +258,7 @@ CREATE VIEW IF NOT EXISTS transfers AS  -- what became of each; found by debit_i
   LEFT JOIN operations AS credit ON credit.op_id = debit.transfer_id || '-credit'
   LEFT JOIN operations AS reversal ON reversal.op_id = debit.transfer_id || '-reversal'
   WHERE debit.kind = 'debit';
-CREATE TABLE IF NOT EXISTS ledger AS SELECT hex(randomblob(8)) AS id;  -- tells ledgers apart
+CREATE TABLE IF NOT EXISTS ledger AS SELECT hex(randomblob(8)) AS id;  -- ledgers may share a server
 COMMIT;
 """
 
@@ -272,8 +275,8 @@ def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
         elif not {"ledger", "operations"} <= names:
             raise sqlite3.DatabaseError("this file is not a ledger")
         db.execute("PRAGMA synchronous = FULL")  # a commit survives a loss of power
-        with contextlib.suppress(sqlite3.OperationalError):  # busy: next time
-            db.execute("PRAGMA journal_mode = WAL")  # readers and writers do not wait
+        with contextlib.suppress(sqlite3.OperationalError):  # busy: the next start does it
+            db.execute("PRAGMA journal_mode = WAL")  # readers and writers do not block each other
     except sqlite3.Error:
         db.close()
         raise
@@ -282,11 +285,11 @@ def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
 
 def open_account(db: sqlite3.Connection, account: str, opening: int = 0) -> None:
     """Opens an account that holds `opening` cents, once. Raises ValueError or OperationConflict."""
-    check(opening, 0, account)
+    check(opening, account, least=0)
     settle(db, Operation(f"{account}-opening", account, "opening", account, opening))
 
 
-def check(cents: int, least: int, *accounts: str) -> None:
+def check(cents: int, *accounts: str, least: int = 1) -> None:
     """Raises ValueError unless these are a number of cents, and names of accounts."""
     for name in accounts:
         if type(name) is not str or not name or not name.isprintable():
@@ -378,30 +381,31 @@ def submit(
     transfer, and RuntimeError if Resonate has stopped."""
     if type(transfer_id) is not str or not re.fullmatch("[A-Za-z0-9_-]{1,64}", transfer_id):
         raise ValueError(f"a transfer id is 1 to 64 of A-Z a-z 0-9 _ -, not {transfer_id!r:.80}")
-    check(amount, 1, source, target)
+    check(amount, source, target)
     if source == target:
         raise ValueError(f"source and target are the same account: {source!r:.80}")
     request = (transfer_id, source, target, amount)
     faults: dict[str, Any] = dict(
         simulate_credit_failure=simulate_credit_failure, simulate_lost_answer=simulate_lost_answer
     )
+    # Calls with the same id share a promise, and so a run. Its result may be an old error, or of a
+    # copy of this ledger: so ask the ledger, and if the transfer is unfinished, run it anew.
     unfinished = ("unknown", "in flight")
     if lookup(bank.db, *request)["status"] in unfinished:
         promise_id = f"{bank.ledger_id}-{transfer_id}"
         with contextlib.suppress(Exception):
             run(bank, promise_id, *request, **faults)
-    # What Resonate has kept there may be an old error, or from a copy of this ledger: run it anew.
     if lookup(bank.db, *request)["status"] in unfinished:
         run(bank, secrets.token_hex(16), *request, **faults)
     return lookup(bank.db, *request)
 
 
-def run(bank: Bank, name: str, transfer_id: str, *terms: Any, **faults: bool) -> None:
-    """Has a transfer run, under this name, until it ends, here or in another process."""
+def run(bank: Bank, promise: str, transfer_id: str, *terms: Any, **faults: bool) -> None:
+    """Runs a transfer under this promise id, here or in another process, until it ends."""
     said = False
     while True:
-        # Ask again and again: the server may have lost it.
-        handle = bank.resonate.begin_run(name, "transfer_money", transfer_id, *terms, **faults)
+        # Ask again and again: a server may have lost the promise. If not, this joins its run.
+        handle = bank.resonate.begin_run(promise, "transfer_money", transfer_id, *terms, **faults)
         try:
             handle.result(timeout=2)
             return
@@ -422,16 +426,16 @@ def recover(bank: Bank) -> Iterator[dict[str, Any]]:
         yield result
 
 
-# ---- What the SDK lacks: nothing here is part of the pattern ------------------------------------
+# ---- What the SDK gets wrong: nothing here is part of the pattern --------------------------------
 
-LOG.addFilter(lambda record: record.levelno < logging.ERROR)  # no errors that the saga handles
+LOG.addFilter(lambda record: record.levelno < logging.ERROR)  # the saga has them
 
 
 def mend(resonate: Resonate) -> None:
     """Mends SDK 0.6.7. Without it, transfers get slower, and threads can end the process."""
     vars(sdk)["ContextLogger"] = lambda *_: LOG  # it makes a logger for each step, and keeps it
-    # Its store in memory looks for promises to time out while other threads add some, which can end
-    # the process after a few hundred transfers. Let it find none.
+    # Its store in memory iterates over its promises while other threads add some, which can end the
+    # process after a few hundred transfers. Let it see none: no promise here ever times out.
     store: Any = resonate._store
     store.promises.scan = store.tasks.scan = lambda: ()
 
@@ -488,10 +492,10 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
     operations = """
         SELECT op_id, operations.account, operations.amount, coalesce('void: ' || void, status, '')
         FROM operations LEFT JOIN transfers ON debit_id = op_id
-        WHERE ?1 IN (operations.transfer_id, '')
+        WHERE ? IN (operations.transfer_id, '')
         ORDER BY operations.transfer_id, kind <> 'debit', kind
     """
-    balances = "SELECT 'balance', account, balance, '' FROM accounts WHERE ?1 = ''"
+    balances = "SELECT 'balance', account, balance, '' FROM accounts WHERE ? = ''"
     rows = read(db, operations, only) + read(db, balances, only)
     if not rows:
         raise LookupError(f"no transfer {only!r} in this ledger")
@@ -515,7 +519,7 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
     return adds_up
 
 
-# Title, transfer or account, command; what it must lead to: exit status, cents of alice and of bob.
+# Title, what to show, command; then the expected exit status, and the cents of alice and of bob.
 TOUR = (
     ("An account", "alice", "open alice 100", 0, 10000),
     ("Another account", "bob", "open bob 50", 0, 10000, 5000),
@@ -524,14 +528,7 @@ TOUR = (
     ("The answer is lost", "t3", "transfer t3 alice bob 5 --lose-answer", 0, 6500, 8500),
     ("alice has no 500.00", "t4", "transfer t4 alice bob 500", 1, 6500, 8500),
     ("t1 again: nothing moves", "t1", "transfer t1 alice bob 30", 0, 6500, 8500),
-    (
-        "A crash after the debit",
-        "t5",
-        "transfer t5 alice bob 10 --crash-after debit",
-        137,
-        5500,
-        8500,
-    ),
+    ("Crash after a debit", "t5", "transfer t5 alice bob 10 --crash-after debit", 137, 5500, 8500),
     ("Finished from the ledger alone", "t5", "recover", 0, 5500, 9500),
 )
 
@@ -547,7 +544,9 @@ def tour() -> bool:
             found = [subprocess.call(words, stderr=subprocess.STDOUT)]
             with contextlib.closing(open_ledger(ledger)) as db:
                 adds_up = journal(db, name)
-                found += [cents for (cents,) in read(db, "SELECT balance FROM accounts")]
+                found += [
+                    cents for (cents,) in read(db, "SELECT balance FROM accounts ORDER BY account")
+                ]
             if not adds_up or found != expected:
                 raise AssertionError(f"{title}: expected {expected}, found {found}")
     return True
@@ -558,7 +557,7 @@ def execute(args: argparse.Namespace) -> bool:
     usable = os.access(args.ledger, os.W_OK) and os.path.getsize(args.ledger) > 0
     if not usable and args.command != "open":
         raise LookupError(f"no ledger to write to at {args.ledger}: `open` an account to make one")
-    if args.crash_after:
+    if args.crash_after:  # as kill -9 would
         last = f"-{args.crash_after} is"
         LOG.addFilter(lambda record: last not in record.getMessage() or os._exit(137))
     with contextlib.closing(open_ledger(args.ledger)) as db:
@@ -568,7 +567,7 @@ def execute(args: argparse.Namespace) -> bool:
                 print(json.dumps({"account": args.ACCOUNT, "opening": args.AMOUNT}))
                 return True
             case "transfer":
-                balance(db, args.SOURCE)  # raises LookupError if there is no such account
+                balance(db, args.SOURCE)  # a LookupError, so that a typing error uses up no ID
                 balance(db, args.TARGET)
                 request = (args.ID, args.SOURCE, args.TARGET, args.AMOUNT)
                 result = submit(
@@ -577,6 +576,7 @@ def execute(args: argparse.Namespace) -> bool:
                     simulate_credit_failure=args.fail_credit,
                     simulate_lost_answer=args.lose_answer,
                 )
+                # The credit that seemed lost arrives now. It finds the void, and does nothing.
                 if args.fail_credit and result["status"] == "compensated":
                     LOG.info("now the credit comes after all")
                     late = (args.ID, "credit", args.TARGET, args.AMOUNT, args.SOURCE)
@@ -591,7 +591,7 @@ def execute(args: argparse.Namespace) -> bool:
                 return "in flight" not in statuses
             case "journal":
                 return journal(db, args.ID)
-            case _:
+            case _:  # worker
                 bank = start(db, remote=True)
                 print(f"worker on {args.ledger}", flush=True)
                 while True:
@@ -607,7 +607,7 @@ def main() -> int:
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         done = execute(args) if args.command else tour()
-        print(end="", flush=True)
+        print(end="", flush=True)  # so that a closed pipe is an error here
         return 0 if done else 1
     except Exception as error:
         what = "Resonate has stopped: " if type(error) is RuntimeError else ""

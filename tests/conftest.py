@@ -1,4 +1,4 @@
-"""What the tests share: ledgers, banks, commands, the oracle, and the closing count."""
+"""What the tests share: ledgers, banks, commands, kills, the oracle, and the closing count."""
 
 import itertools
 import multiprocessing
@@ -23,10 +23,7 @@ ENVIRONMENT.pop("PYTHONUNBUFFERED", None)
 
 
 def adds_up(db):
-    """The oracle: all the money is there. It reads `operations`, and uses no view or trigger.
-
-    Returns what is in flight.
-    """
+    """The oracle: all the money is there. Uses no view or trigger. Returns what is in flight."""
     balances, flying = Counter(), Counter()
     query = "SELECT transfer_id, kind, account, amount FROM operations WHERE void IS NULL"
     for transfer_id, kind, account, amount in db.execute(query):
@@ -78,12 +75,9 @@ def opened(path=":memory:"):
 def operation(op_id, **changes):
     """An operation of a transfer of 5.00 from alice to bob."""
     transfer_id, _, kind = op_id.rpartition("-")
-    columns = {"account": "alice", "amount": 500, "counterparty": "bob"}
-    if kind == "debit":
-        columns["amount"] = -500
-    if kind == "credit":
-        columns |= {"account": "bob", "counterparty": "alice"}
-    return main.Operation(op_id, transfer_id, kind, **columns | changes)
+    account, counterparty = ("bob", "alice") if kind == "credit" else ("alice", "bob")
+    row = (op_id, transfer_id, kind, account, -500 if kind == "debit" else 500, counterparty)
+    return main.Operation(*row)._replace(**changes)
 
 
 @pytest.fixture
@@ -116,27 +110,24 @@ def cli(tmp_path):
     """Runs `python main.py ...` as a process, in a folder of its own."""
 
     def run(words, **options):
-        usual = {"cwd": tmp_path, "capture_output": True, "text": True, "timeout": 60}
         command = [sys.executable, str(MAIN), *(words.split() if isinstance(words, str) else words)]
-        return subprocess.run(command, **{"env": ENVIRONMENT} | usual | options)
+        usual = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True}
+        return subprocess.run(command, **usual | options)
 
     return run
 
 
 def in_a_process(code):
-    """Runs code that may hang, or end its process, if what is tested is broken. What it prints."""
-    command = [sys.executable, "-c", code]
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, timeout=60)
+    """Runs code that may hang, or end its process, if what is tested is broken. What it prints.
+
+    It has a `folder`, in memory if there is such a disk: a kill spares it.
+    """
+    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as new:
+        code = f"import os; folder = {new!r} + '/0'; os.mkdir(folder)\n{code}"
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
     assert (done.returncode, done.stderr[-500:]) == (0, "")
     return done.stdout
-
-
-def in_a_folder(code):
-    """As `in_a_process`, with a `folder`; in memory if there is such a disk: a kill spares it."""
-    with tempfile.TemporaryDirectory(
-        dir="/dev/shm" if os.path.isdir("/dev/shm") else None
-    ) as folder:
-        return in_a_process(f"folder = {folder!r} + '/0'; import os; os.mkdir(folder); {code}")
 
 
 def is_killed(work, folder, number):
@@ -144,13 +135,10 @@ def is_killed(work, folder, number):
     numbers = itertools.count(1)
     connect = sqlite3.connect
 
-    def trace(_sql):
-        if next(numbers) == number:
-            os.kill(os.getpid(), signal.SIGKILL)
-
     def connect_and_trace(*args, **options):
         db = connect(*args, **options)
-        db.set_trace_callback(trace)
+        kill = signal.raise_signal
+        db.set_trace_callback(lambda _: next(numbers) == number and kill(signal.SIGKILL))
         return db
 
     def run():
@@ -162,7 +150,7 @@ def is_killed(work, folder, number):
 
     child = multiprocessing.get_context("fork").Process(target=run)
     child.start()
-    child.join(timeout=60)
+    child.join()
     assert child.exitcode in (0, -signal.SIGKILL)
     return child.exitcode != 0
 
@@ -186,8 +174,7 @@ def kill_everywhere(work, again, state_of, folder, known=frozenset()):
             kills += kill_everywhere(again, again, state_of, copy, known)
 
 
-# What this very run has tried: a test adds to it by `record_property(words, number)`.
-TRIED = Counter()
+TRIED = Counter()  # a test adds to it by `record_property(words, number)`
 
 
 def pytest_runtest_logreport(report):

@@ -17,7 +17,7 @@ SOURCE = (ROOT / "main.py").read_text()
 # A guard: what stands in main.py => what stands there without it
 GUARDS = r"""
 the void: yield ctx.run(give_up, credit, str(error)).options(non_retryable_exceptions=FINAL) => "no"
-the answer of give_up:         if reason is not None:\n            # => if True:\n            #
+the answer of give_up: is not None:\n            # Step 3 => or True:\n            # Step 3
 Never() for the credit: .options(retry_policy=Never()) =>
 the answer of the debit: FINAL)\n    if reason is not None: => FINAL)\n    if False:
 FINAL, conflict: = (OperationConflict, => = (

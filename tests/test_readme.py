@@ -4,7 +4,7 @@ import re
 import shlex
 import tomllib
 
-from conftest import MAIN, in_a_folder
+from conftest import MAIN, in_a_process
 
 README = MAIN.with_name("README.md").read_text()
 
@@ -23,7 +23,7 @@ def test_the_output_that_it_shows_is_that_of_a_run(cli):
 
 def test_the_lines_that_it_shows_run():
     [lines] = blocks("python")
-    out = in_a_folder(f"os.chdir(folder)\n{lines}")
+    out = in_a_process(f"os.chdir(folder)\n{lines}")
     assert "'status': 'committed'" in out
 
 
