@@ -28,11 +28,11 @@ the boundary: except BaseException as error: => except ZeroDivisionError as erro
 the boundary, SystemExit: except BaseException as error: => except Exception as error:
 a reason is short: .strip()[:300] =>
 a reason is printable: printable(problem.strip()[:300]) => problem.strip()[:300]
-a log is printable: printable(f"a void: {void}") => f"a void: {void}"
+a log is printable: printable(f"a void: {reason}") => f"a void: {reason}"
 LOCK, settle: with LOCK:\n        try: => if True:\n        try:
 LOCK, read: with LOCK:\n        return => if True:\n        return
 the void of a refused entry: except sqlite3.IntegrityError as => except ZeroDivisionError as
-the read-back: *columns, void = row => columns = operation
+the read-back: *columns, reason = row => columns, reason = operation, void
 the comparison: if settled != operation: => if False:
 one transaction: executescript(SCHEMA) => executescript(re.sub("BEGIN IMM.*;|COMMIT;", "", SCHEMA))
 the primary key: op_id        TEXT PRIMARY KEY, => op_id TEXT, n INTEGER PRIMARY KEY,

@@ -46,13 +46,12 @@ def test_the_journal_shows_every_operation_what_is_in_flight_and_what_there_is(c
     assert cli("journal t2").stdout.splitlines() == [*lines[3:5], lines[-1]]
 
 
-@pytest.mark.parametrize("moved", [1, 0])
-def test_the_journal_of_a_ledger_that_somebody_tampered_with_does_not_add_up(cli, tmp_path, moved):
-    ledger = opened(tmp_path / "ledger.db")
-    change = f"balance + iif(account = 'bob', 1, -{moved})"
-    ledger.execute(f"UPDATE accounts SET balance = {change}")
-    ledger.close()
-    assert "IT DOES NOT ADD UP" in cli("journal").stdout
+@pytest.mark.parametrize("cents", ["iif(account = 'bob', 1, -1)", "account = 'bob'"])
+def test_the_journal_of_a_ledger_that_somebody_tampered_with_does_not_add_up(cli, ledger, cents):
+    ledger.execute(f"UPDATE accounts SET balance = balance + ({cents})")
+    run = cli("journal")
+    assert (run.returncode, "IT DOES NOT ADD UP" in run.stdout) == (1, True)
+    ledger.execute(f"UPDATE accounts SET balance = balance - ({cents})")
 
 
 ERRORS = {
@@ -190,17 +189,14 @@ def kill(words, again, folder):
     print(kill_everywhere(partial(command, words), partial(command, again), state_of, folder))
 
 
-KILLED = {
-    "open alice 100": "open alice 100",
-    f"{T1} 30 --lose-answer": "recover",
-    f"{T1} 30 --fail-credit": "recover",
-}
+KILLED = {f"{T1} 30 --lose-answer": "recover", f"{T1} 30 --fail-credit": "recover"}
+KILLED["open alice 100"] = "open alice 100"
 
 
 @pytest.mark.parametrize("words", KILLED)
 def test_what_is_killed_at_any_statement_is_finished_by_the_next_process(words, record_property):
     """Also if what finishes it is killed at any statement."""
-    code = f"import test_commands as t; t.kill({words!r}, {KILLED[words]!r}, folder)"
-    kills = int(in_a_process(code))
+    kill = f"test_commands.kill({words!r}, {KILLED[words]!r}, folder)"
+    kills = int(in_a_process(f"import test_commands; {kill}").split()[-1])
     assert kills > 30
     record_property("SIGKILLs of real processes at a statement: 0 lost or created", kills)

@@ -2,6 +2,8 @@
 
 import re
 import shlex
+import subprocess
+import sys
 import tomllib
 
 from conftest import MAIN, in_a_process
@@ -19,6 +21,23 @@ def test_the_output_that_it_shows_is_that_of_a_run(cli):
     shown = blocks("text")[0].strip().split("\n\n")
     assert set(shown) <= set(tour.stdout.strip().split("\n\n"))
     assert len(shown) >= 3
+
+
+def test_without_give_up_the_ledger_stops_the_tour_and_without_its_guard_money_is_created(tmp_path):
+    naive = re.sub(r"yield ctx.run\(give_up, .*", "str(error)", MAIN.read_text())
+    unguarded = re.sub(r"SELECT RAISE\(ABORT, 'the credit is not a void'\)[^;]*;", "", naive)
+    program = tmp_path / "main.py"
+    for source, says in (
+        (
+            naive,
+            "error: the credit is not a void\n  t2-debit       alice          -20.00  in flight",
+        ),
+        (unguarded, "170.00 in accounts + 0.00 in flight, 150.00 opened: IT DOES NOT ADD UP"),
+    ):
+        program.write_text(source)
+        tour = subprocess.run([sys.executable, program], capture_output=True, text=True)
+        assert tour.returncode == 2
+        assert says in tour.stdout
 
 
 def test_the_lines_that_it_shows_run():
