@@ -7,6 +7,7 @@ import sys
 import tomllib
 
 from conftest import MAIN, in_a_process
+from test_ledger import HOSTILE
 
 README = MAIN.with_name("README.md").read_text()
 
@@ -61,7 +62,8 @@ def test_what_it_installs_with_pip_is_what_the_project_needs():
     assert others == [re.sub("[>=<].*", "", tool) for tool in tools]
 
 
-def test_the_names_and_links_in_it_exist():
+def test_the_names_links_and_numbers_in_it_are_right():
+    assert f"| {6 * 3 * len(HOSTILE):,} |" in README
     for name in re.findall(r"`([a-z]+_[a-z_]+)`", README):
         assert name in MAIN.read_text(), name
     for link in re.findall(r"\]\(([^)]*)\)", README):
