@@ -6,8 +6,8 @@ process of its own, with a new ledger and a warm-up. The two take turns, in five
 the medians, and the median of the rounds' ratios.
 
 The published saga runs on the SDK as it is. There, each transfer is slower than the last, and in
-the end the SDK ends the process. So a measurement makes only a few hundred transfers, of both
-alike, and "dies" stands in the table where the published saga does not survive even those.
+time the SDK shuts down or ends the process. So a measurement makes only a few hundred transfers, of
+both alike, and "dies" stands in the table where the published saga does not survive even those.
 
 --quick takes less than 30 seconds, and its figures are rough. Progress goes to stderr. All files
 are in a temporary folder, which TMPDIR should have on a real disk.
