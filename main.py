@@ -2,8 +2,7 @@
 
 Money moves between two accounts that no single transaction can change together, as at two banks.
 (Here one SQLite file plays both, but no step changes both accounts.) The usual answer is a saga:
-take the money from the source (debit), pay the target (credit); if that fails, undo the debit
-(reversal).
+take the money from the source (debit), pay the target (credit); if that fails, reverse the debit.
 
 That saga can create money, because an error does not prove that nothing happened. A credit can fail
 for its caller and yet have happened (its answer was lost), or happen later (it was slow). If the
@@ -29,10 +28,9 @@ is a void. So balances + amounts in flight = all the money that the accounts ope
       `----- void --------------------------------------> rejected
 
 Resonate (SDK 0.6.7, Python 3.12 or newer) runs the saga. It may run a step twice, or late. After a
-crash, `recover` or a Resonate server runs the saga again from the top, perhaps beside an older run.
-That is safe: a step that runs again finds its row in the ledger, and moves nothing.
-
-`python main.py` is a tour, and `python main.py --help` lists the commands.
+crash, `recover` or a Resonate server runs it again from the top, perhaps beside an older run. That
+is safe: a step that runs again finds its row in the ledger, and moves nothing. `python main.py` is
+a tour of all this, and `python main.py --help` lists the commands.
 """
 
 import argparse
@@ -65,7 +63,7 @@ from resonate.message_sources import Poller
 from resonate.retry_policies import Constant, Never
 from resonate.stores import RemoteStore
 
-# ---- The saga -----------------------------------------------------------------------------------
+# ---- The saga, and its steps: each step settles one operation ----------------------------------
 
 
 class Operation(NamedTuple):
@@ -90,7 +88,6 @@ def transfer_money(
     simulate_lost_answer: bool = False,
 ) -> Generator[Any, Any, str]:
     """Moves `amount` cents. Returns how it ended: "committed", "compensated" or "rejected".
-
     `yield ctx.run(f, x)` runs the step f(ctx, x), and gives its result or raises its error here."""
     debit = Operation(f"{transfer_id}-debit", transfer_id, "debit", source, -amount, target)
     credit = Operation(f"{transfer_id}-credit", transfer_id, "credit", target, amount, source)
@@ -116,9 +113,6 @@ def transfer_money(
     return "committed"
 
 
-# ---- The steps: each settles one operation ------------------------------------------------------
-
-
 class OperationConflict(Exception):
     """An op id, or the id of a transfer, is already used for something else."""
 
@@ -134,8 +128,7 @@ def apply_entry(ctx: Context, operation: Operation) -> str | None:
 
 def credit_target(ctx: Context, credit: Operation, *, fail: bool, lose_answer: bool) -> None:
     """Credits the target. With `fail` it is not paid, with `lose_answer` it is, and the saga sees
-    the same error. Raises RuntimeError, whatever goes wrong: the saga catches that, and Resonate
-    cannot carry every exception."""
+    the same RuntimeError, as for all that goes wrong: Resonate cannot carry every exception."""
     try:
         problem = None if fail else apply_entry(ctx, credit)
         if fail or lose_answer:
@@ -148,16 +141,16 @@ def credit_target(ctx: Context, credit: Operation, *, fail: bool, lose_answer: b
 
 def give_up(ctx: Context, operation: Operation, why: str) -> str | None:
     """Settles an operation as a void, unless it is an entry already. Returns the reason, or None.
-
-    If the target is at another bank, that bank must settle the op id: as an entry in
-    `credit_target`, as a void in `give_up`. Then settle it here as that bank has answered, on an
-    account that stands for the target. A bank that cannot promise a void cannot take part."""
+    If the target is at another bank, that bank must settle the op id: in `credit_target` as an
+    entry, here as a void. Then settle it as that bank has answered, on an account of our ledger
+    that stands for the target. A bank that cannot promise a void cannot take part."""
     return settle(ctx.get_dependency("db"), operation, void=why)
 
 
 def printable(text: str) -> str:
     """The text, with what could drive a terminal escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    escaped = [char if char.isprintable() else ascii(char)[1:-1] for char in text]
+    return "".join(escaped)
 
 
 # ---- The ledger: what has happened --------------------------------------------------------------
@@ -208,7 +201,6 @@ CREATE TABLE IF NOT EXISTS operations (
                    WHEN 'debit' THEN amount < 0
                    ELSE kind IN ('credit', 'reversal') END)
 ) STRICT, WITHOUT ROWID;
-
 -- The balance of an account, in cents, is the sum of its entries. A RAISE undoes the whole INSERT.
 CREATE TABLE IF NOT EXISTS accounts (account TEXT PRIMARY KEY, balance INTEGER NOT NULL)
   STRICT, WITHOUT ROWID;
@@ -222,7 +214,6 @@ BEGIN
   SELECT RAISE(ABORT, 'unknown account') WHERE NEW.kind = 'debit' AND 2 > (
     SELECT count(*) FROM accounts WHERE account IN (NEW.account, NEW.counterparty));
 END;
-
 CREATE TRIGGER IF NOT EXISTS rule AFTER INSERT ON operations WHEN NEW.kind IN ('credit', 'reversal')
 BEGIN
   -- "It pays out only what a debit took": the same amount and accounts (for a credit, swapped).
@@ -236,7 +227,6 @@ BEGIN
   SELECT RAISE(ABORT, 'a reversal is never a void')
     WHERE NEW.kind = 'reversal' AND NEW.void IS NOT NULL;
 END;
-
 -- What has settled is final. (INSERT OR REPLACE would delete a row without a DELETE trigger.)
 CREATE TRIGGER IF NOT EXISTS no_replace BEFORE INSERT ON operations
   WHEN EXISTS (SELECT 1 FROM operations WHERE op_id = NEW.op_id)
@@ -286,7 +276,8 @@ def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
 def open_account(db: sqlite3.Connection, account: str, opening: int = 0) -> None:
     """Opens an account that holds `opening` cents, once. Raises ValueError or OperationConflict."""
     check(opening, account, least=0)
-    settle(db, Operation(f"{account}-opening", account, "opening", account, opening))
+    op_id = f"{account}-opening"
+    settle(db, Operation(op_id, account, "opening", account, opening))
 
 
 def check(cents: int, *accounts: str, least: int = 1) -> None:
@@ -295,7 +286,7 @@ def check(cents: int, *accounts: str, least: int = 1) -> None:
         if type(name) is not str or not name or not name.isprintable():
             raise ValueError(f"the name of an account is printable text, not {name!r:.80}")
     if type(cents) is not int or not least <= cents <= 10**15:  # far below SQLite's 64 bits
-        raise ValueError(f"an amount is {least} to 10**15 whole cents, not {cents!r:.80}")
+        raise ValueError(f"an amount is {least} to 10**15 whole cents, not {cents!r}")
 
 
 def read(db: sqlite3.Connection, query: str, *parameters: str) -> list[Any]:
@@ -346,17 +337,19 @@ class Bank(NamedTuple):
 
 
 def start(db: sqlite3.Connection, *, remote: bool = False, client: bool = False) -> Bank:
-    """Starts Resonate on this ledger. It keeps results in memory or, if `remote`, on a server: then
-    a client runs what it submits, and a worker finishes what dead clients have left. Raises
-    ConnectionError if no server answers."""
+    """Starts Resonate on this ledger. It keeps results in memory or, if `remote`, on a server. Then
+    a client runs what it submits, a worker what dead clients left. Raises ConnectionError."""
     [(ledger_id,)] = read(db, "SELECT id FROM ledger")
     if remote:
         check_server()
         # Processes of one group share the work that is sent to it. A client is alone in its group,
         # and what it leaves is sent to the workers of its ledger.
         workers = f"money-transfer-{ledger_id}"
-        group = f"client-{secrets.token_hex(8)}" if client else workers
-        resonate = Resonate.remote(group=group).options(target=workers)
+        group = workers
+        if client:
+            group = f"client-{secrets.token_hex(8)}"
+        resonate = Resonate.remote(group=group)
+        resonate = resonate.options(target=workers)
     else:
         resonate = Resonate.local()
     mend(resonate)
@@ -422,7 +415,8 @@ def recover(bank: Bank) -> Iterator[dict[str, Any]]:
         try:
             result = submit(bank, transfer_id, source, target, amount)
         except Exception as error:
-            result = lookup(bank.db, transfer_id) | {"error": str(error)}
+            result = lookup(bank.db, transfer_id)
+            result["error"] = str(error)
         yield result
 
 
@@ -445,8 +439,10 @@ def check_server() -> None:
     store = RemoteStore(retry_policy=Constant(max_retries=-1))  # -1: tries once
     try:
         store.tasks.heartbeat(pid="nobody")  # any call will do
-        messages = urlsplit(Poller(group="any", id="any").url)
-        socket.create_connection((messages.hostname, messages.port), timeout=5).close()
+        poller = Poller(group="any", id="any")
+        messages = urlsplit(poller.url)
+        address = (messages.hostname, messages.port)
+        socket.create_connection(address, timeout=5).close()
     except Exception as error:
         hint = "start `resonate serve` 0.8.2, and write RESONATE_HOST as http://HOST"
         problem = f"{error!s:.99}: {hint}"
@@ -497,7 +493,8 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
         ORDER BY operations.transfer_id, kind <> 'debit', kind
     """
     balances = "SELECT 'balance', account, balance, '' FROM accounts WHERE ? = ''"
-    rows = read(db, operations, only) + read(db, balances, only)
+    rows = read(db, operations, only)
+    rows += read(db, balances, only)
     if not rows:
         raise LookupError(f"no transfer {only!r} in this ledger")
     columns = "  {:14} {:10} {:>10}  {}"
@@ -515,22 +512,22 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
     [(held, moving, opened, wrong_balance)] = read(db, totals)
     adds_up = held + moving == opened and not wrong_balance
     verdict = "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
-    where = f"{money(held)} in accounts + {money(moving)} in flight"
-    print(f"  {where}, {money(opened)} opened: {verdict}")
+    print(f"  {money(held)} in accounts + {money(moving)} in flight,", end=" ")
+    print(f"{money(opened)} opened: {verdict}")
     return adds_up
 
 
-# Title, what to show, command; then the expected exit status, and the cents of alice and of bob.
+# Title, what to show of the ledger, command, and its exit status.
 TOUR = (
-    ("An account", "alice", "open alice 100", 0, 10000),
-    ("Another account", "bob", "open bob 50", 0, 10000, 5000),
-    ("alice pays bob", "t1", "transfer t1 alice bob 30", 0, 7000, 8000),
-    ("The credit comes late", "t2", "transfer t2 alice bob 20 --fail-credit", 1, 7000, 8000),
-    ("The answer is lost", "t3", "transfer t3 alice bob 5 --lose-answer", 0, 6500, 8500),
-    ("alice has no 500.00", "t4", "transfer t4 alice bob 500", 1, 6500, 8500),
-    ("t1 again: nothing moves", "t1", "transfer t1 alice bob 30", 0, 6500, 8500),
-    ("Crash after a debit", "t5", "transfer t5 alice bob 10 --crash-after debit", 137, 5500, 8500),
-    ("Finished from the ledger alone", "t5", "recover", 0, 5500, 9500),
+    ("An account", "alice", "open alice 100", 0),
+    ("Another account", "bob", "open bob 50", 0),
+    ("alice pays bob", "t1", "transfer t1 alice bob 30", 0),
+    ("The credit comes late", "t2", "transfer t2 alice bob 20 --fail-credit", 1),
+    ("The answer is lost", "t3", "transfer t3 alice bob 5 --lose-answer", 0),
+    ("alice has no 500.00", "t4", "transfer t4 alice bob 500", 1),
+    ("t1 again: nothing moves", "t1", "transfer t1 alice bob 30", 0),
+    ("Crash after a debit", "t5", "transfer t5 alice bob 10 --crash-after debit", 137),
+    ("Finished from the ledger alone", "t5", "recover", 0),
 )
 
 
@@ -539,21 +536,22 @@ def tour() -> bool:
     signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # on the way out, removes the folder
     with tempfile.TemporaryDirectory() as folder:
         ledger = f"{folder}/ledger.db"
-        for title, name, command, *expected in TOUR:
-            print(f"\n# {title}\n$ python main.py {command}", flush=True)
+        for title, name, command, expected in TOUR:
+            print(f"\n# {title}")
+            print(f"$ python main.py {command}", flush=True)
             words = [sys.executable, __file__, *command.split(), "--ledger", ledger]
-            found = [subprocess.call(words, stderr=subprocess.STDOUT)]
+            status = subprocess.call(words, stderr=subprocess.STDOUT)
             with contextlib.closing(open_ledger(ledger)) as db:
                 adds_up = journal(db, name)
-                found += [row[0] for row in read(db, "SELECT balance FROM accounts")]
-            if not adds_up or found != expected:
-                raise AssertionError(f"{title}: expected {expected}, found {found}")
+            if status != expected or not adds_up:
+                raise AssertionError(f"{title}: status {status}, expected {expected}")
     return True
 
 
 def execute(args: argparse.Namespace) -> bool:
     """Runs a command. Returns whether it is done, and all is right."""
-    usable = os.access(args.ledger, os.W_OK) and os.path.getsize(args.ledger) > 0
+    usable = os.access(args.ledger, os.W_OK)
+    usable = usable and os.path.getsize(args.ledger) > 0
     if not usable and args.command != "open":
         raise LookupError(f"no ledger to write to at {args.ledger}: `open` an account to make one")
     if args.crash_after:  # as kill -9 would
@@ -563,7 +561,8 @@ def execute(args: argparse.Namespace) -> bool:
         match args.command:
             case "open":
                 open_account(db, args.ACCOUNT, args.AMOUNT)
-                print(json.dumps({"account": args.ACCOUNT, "opening": args.AMOUNT}))
+                result = {"account": args.ACCOUNT, "opening": args.AMOUNT}
+                print(json.dumps(result))
                 return True
             case "transfer":
                 balance(db, args.SOURCE)  # a LookupError, so that a typing error uses up no ID
@@ -609,9 +608,11 @@ def main() -> int:
         print(end="", flush=True)  # so that a closed pipe is an error here
         return 0 if done else 1
     except Exception as error:
-        what = "Resonate has stopped: " if type(error) is RuntimeError else ""
+        line = f"error: {error}"
+        if type(error) is RuntimeError:
+            line = f"error: Resonate has stopped: {error}"
         with contextlib.suppress(OSError):  # nobody can read it
-            print(printable(f"error: {what}{error}"), file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
         return 2
 
 

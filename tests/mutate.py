@@ -41,7 +41,7 @@ NOT NULL, kind: kind         TEXT NOT NULL => kind TEXT
 NOT NULL, account: account      TEXT NOT NULL => account TEXT
 NOT NULL, amount: amount       INTEGER NOT NULL => amount INTEGER
 NOT NULL, counterparty: counterparty TEXT NOT NULL => counterparty TEXT
-STRICT: ) STRICT, WITHOUT ROWID;\n\n-- => ) WITHOUT ROWID;\n\n--
+STRICT: ) STRICT, WITHOUT ROWID;\n-- => ) WITHOUT ROWID;\n--
 CHECK, op id: CHECK (op_id = transfer_id || '-' || kind), =>
 CHECK, opening: transfer_id = account AND void IS NULL => void IS NULL
 CHECK, an opening is no void: transfer_id = account AND void IS NULL => transfer_id = account
@@ -74,9 +74,9 @@ recover goes on: Exception as error:\n            result => ValueError as _:\n  
 mend, logger: vars(sdk)["ContextLogger"] => vars(sdk)["Unused"]
 mend, scan: store.promises.scan = store.tasks.scan = => store.scan =
 server, is there: check_server()\n        # => #
-server, messages: socket.create_connection(( => str((
+server, messages: socket.create_connection(address, timeout=5).close() => pass
 server, workers of a ledger: f"money-transfer-{ledger_id}" => "money-transfer"
-server, a client is alone: if client else workers => if False else workers
+server, a client is alone: if client: => if False:
 server, what a client leaves: .options(target=workers) =>
 server, promises of a ledger: f"{bank.ledger_id}-{transfer_id}" => transfer_id
 server, asking again: timeout=2 => timeout=None
