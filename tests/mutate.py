@@ -1,8 +1,5 @@
 """Takes out each guard of main.py in turn, and tells which test fails: `uv run tests/mutate.py`.
-
-It takes some minutes. Words select guards by their names. Those of the server need `resonate` on
-PATH. Ends with status 1 if a guard can go, and no test fails.
-"""
+Takes a quarter of an hour. Words select guards by name. The server's need `resonate` on PATH."""
 
 import re
 import shutil
@@ -13,7 +10,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = (ROOT / "main.py").read_text()
-
 # A guard: what stands in main.py => what stands there without it
 GUARDS = r"""
 the void: yield ctx.run(give_up, credit, str(error)).options(non_retryable_exceptions=FINAL) => "no"
