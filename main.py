@@ -149,8 +149,7 @@ def give_up(ctx: Context, operation: Operation, why: str) -> str | None:
 
 def printable(text: str) -> str:
     """The text, with what could drive a terminal escaped."""
-    escaped = [char if char.isprintable() else ascii(char)[1:-1] for char in text]
-    return "".join(escaped)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 # ---- The ledger: what has happened --------------------------------------------------------------
@@ -550,10 +549,9 @@ def tour() -> bool:
 
 def execute(args: argparse.Namespace) -> bool:
     """Runs a command. Returns whether it is done, and all is right."""
-    usable = os.access(args.ledger, os.W_OK)
-    usable = usable and os.path.getsize(args.ledger) > 0
-    if not usable and args.command != "open":
-        raise LookupError(f"no ledger to write to at {args.ledger}: `open` an account to make one")
+    usable = os.access(args.ledger, os.W_OK) and os.path.getsize(args.ledger) > 0
+    if not usable and (args.command != "open" or args.ledger.endswith(":memory:")):
+        raise LookupError(f"no ledger to write to at {args.ledger}: `open` an account in a file")
     if args.crash_after:  # as kill -9 would
         last = f"-{args.crash_after} is"
         LOG.addFilter(lambda record: last not in record.getMessage() or os._exit(137))
@@ -611,6 +609,8 @@ def main() -> int:
         line = f"error: {error}"
         if type(error) is RuntimeError:
             line = f"error: Resonate has stopped: {error}"
+        if type(error) in (RuntimeError, sqlite3.OperationalError):
+            line += ". If that has passed, run the same command again"
         with contextlib.suppress(OSError):  # nobody can read it
             print(printable(line), file=sys.stderr, flush=True)
         return 2

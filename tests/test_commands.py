@@ -65,6 +65,7 @@ ERRORS = {
     "open '' 1": "the name of an account is printable text, not ''",
     "open bob 1": "'bob-opening' is already used",
     "open carol 1 --ledger ''": "unable to open",
+    "open carol 1 --ledger :memory:": "`open` an account in a file",
     "open carol 1 --ledger no/folder": "unable to open",
     "open carol 1 --ledger text": "not a ledger",
     "journal t9": "t9",
