@@ -149,13 +149,13 @@ def give_up(ctx: Context, operation: Operation, why: str) -> str | None:
 
 def printable(text: str) -> str:
     """The text, with what could drive a terminal escaped."""
-    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
+    escaped = [char if char.isprintable() else ascii(char)[1:-1] for char in text]
+    return "".join(escaped)
 
 
 # ---- The ledger: what has happened --------------------------------------------------------------
 
 LOG = logging.getLogger("money-transfer")
-
 # Steps run on several threads, which share one connection. Hold LOCK for each use of it: if not,
 # they lose inserts and read each other's rows (CPython issue 118172).
 LOCK = threading.Lock()
@@ -163,10 +163,9 @@ LOCK = threading.Lock()
 
 def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None) -> str | None:
     """Settles an operation, unless it is settled: as an entry or, if `void` is a reason, as a void.
-    An entry that the ledger refuses is settled as a void. Returns None if the operation is now an
-    entry, and the reason if it is a void: the same for ever. Raises OperationConflict if the op id
-    is that of another operation, and sqlite3.IntegrityError if the ledger refuses even the void.
-    After an sqlite3.OperationalError the outcome is unknown: call again."""
+    An entry that the ledger refuses is settled as a void. Returns None for an entry, and the reason
+    of a void: the same for ever. Raises OperationConflict if the op id is another operation's, and
+    sqlite3.IntegrityError if not even a void fits. OperationalError: outcome unknown, call again."""
     insert = "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (op_id) DO NOTHING"
     select = "SELECT * FROM operations WHERE op_id = ?"
     with LOCK:
@@ -176,13 +175,14 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
             # If another process settles it between these two inserts, the other's row stays.
             db.execute(insert, (*operation, str(refusal)))
         row = db.execute(select, (operation.op_id,)).fetchone()
+    reason: str | None
     *columns, reason = row
     settled = Operation(*columns)
     if settled != operation:
         raise OperationConflict(f"{operation.op_id!r} is already used: {settled}")
     outcome = "an entry" if reason is None else printable(f"a void: {reason}")
     LOG.info("%s is %s", operation.op_id, outcome)  # --crash-after looks for this text
-    return None if reason is None else str(reason)
+    return reason
 
 
 SCHEMA = """
@@ -283,7 +283,7 @@ def check(cents: int, *accounts: str, least: int = 1) -> None:
     """Raises ValueError unless these are a number of cents, and names of accounts."""
     for name in accounts:
         if type(name) is not str or not name or not name.isprintable():
-            raise ValueError(f"the name of an account is printable text, not {name!r:.80}")
+            raise ValueError(f"the name of an account is printable text, not {name!r}")
     if type(cents) is not int or not least <= cents <= 10**15:  # far below SQLite's 64 bits
         raise ValueError(f"an amount is {least} to 10**15 whole cents, not {cents!r}")
 
@@ -341,8 +341,7 @@ def start(db: sqlite3.Connection, *, remote: bool = False, client: bool = False)
     [(ledger_id,)] = read(db, "SELECT id FROM ledger")
     if remote:
         check_server()
-        # Processes of one group share the work that is sent to it. A client is alone in its group,
-        # and what it leaves is sent to the workers of its ledger.
+        # A client is alone in its group, so it gets no work. What it leaves is sent to workers.
         workers = f"money-transfer-{ledger_id}"
         group = workers
         if client:
@@ -369,8 +368,7 @@ def submit(
     simulate_lost_answer: bool = False,
 ) -> dict[str, Any]:
     """Runs a transfer of `amount` cents under its id. Returns what the ledger says of it. Raises
-    ValueError if a value is not valid, OperationConflict if the id is already used for another
-    transfer, and RuntimeError if Resonate has stopped."""
+    ValueError, OperationConflict (the id is another's), or RuntimeError (Resonate has stopped)."""
     if type(transfer_id) is not str or not re.fullmatch("[A-Za-z0-9_-]{1,64}", transfer_id):
         raise ValueError(f"a transfer id is 1 to 64 of A-Z a-z 0-9 _ -, not {transfer_id!r:.80}")
     check(amount, source, target)
@@ -388,7 +386,8 @@ def submit(
         with contextlib.suppress(Exception):
             run(bank, promise_id, *request, **faults)
     if lookup(bank.db, *request)["status"] in unfinished:
-        run(bank, secrets.token_hex(16), *request, **faults)
+        promise_id = secrets.token_hex(16)
+        run(bank, promise_id, *request, **faults)
     return lookup(bank.db, *request)
 
 
@@ -427,8 +426,7 @@ LOG.addFilter(lambda record: record.levelno < logging.ERROR)  # the saga has the
 def mend(resonate: Resonate) -> None:
     """Mends SDK 0.6.7. Without it, transfers get slower, and threads can end the process."""
     vars(sdk)["ContextLogger"] = lambda *_: LOG  # it makes a logger for each step, and keeps it
-    # Its store in memory iterates over its promises while other threads add some, which can end the
-    # process after a few hundred transfers. Let it see none: no promise here ever times out.
+    # Threads add promises while its store in memory looks for some to time out: let it see none.
     store: Any = resonate._store
     store.promises.scan = store.tasks.scan = lambda: ()
 
@@ -443,9 +441,10 @@ def check_server() -> None:
         address = (messages.hostname, messages.port)
         socket.create_connection(address, timeout=5).close()
     except Exception as error:
-        hint = "start `resonate serve` 0.8.2, and write RESONATE_HOST as http://HOST"
-        problem = f"{error!s:.99}: {hint}"
-        raise ConnectionError(f"no Resonate server at {store.url}: {problem}") from error
+        raise ConnectionError(
+            f"no Resonate server at {store.url}: {error!s:.99}: start `resonate serve` 0.8.2,"
+            " and write RESONATE_HOST as http://HOST"
+        ) from error
 
 
 # ---- The command line ---------------------------------------------------------------------------
@@ -467,10 +466,10 @@ def parse() -> argparse.Namespace:
     command.add_argument("--server", action="store_true", help="use a Resonate server")
     commands.add_parser("recover", help="finish what is in flight")
     command = commands.add_parser("journal", help="show the ledger, and whether it adds up")
-    command.add_argument("ID", nargs="?", default="", help="only this transfer")
+    command.add_argument("ID", nargs="?", default="")
     commands.add_parser("worker", help="finish what clients of a Resonate server have left")
     for command in commands.choices.values():
-        command.add_argument("--ledger", metavar="FILE", default="ledger.db", type=os.path.abspath)
+        command.add_argument("--ledger", default="ledger.db", type=os.path.abspath)
         command.add_argument("--crash-after", choices=("opening", "debit", "credit", "reversal"))
     return cli.parse_args()
 
@@ -478,7 +477,7 @@ def parse() -> argparse.Namespace:
 def to_cents(text: str) -> int:
     """An amount as people write it, in cents: 30 or 30.00 is 3000."""
     if not re.fullmatch(r"[0-9]{1,13}(\.[0-9]{1,2})?", text):
-        raise argparse.ArgumentTypeError(f"not an amount: {text!r:.80}. Write 30 or 30.00")
+        raise argparse.ArgumentTypeError(f"not an amount: {text!r}. Write 30 or 30.00")
     whole, _, fraction = text.partition(".")
     return int(whole + fraction.ljust(2, "0"))
 
@@ -543,13 +542,14 @@ def tour() -> bool:
             with contextlib.closing(open_ledger(ledger)) as db:
                 adds_up = journal(db, name)
             if status != expected or not adds_up:
-                raise AssertionError(f"{title}: status {status}, expected {expected}")
+                raise AssertionError(f"{title}: exit status {status}")
     return True
 
 
 def execute(args: argparse.Namespace) -> bool:
     """Runs a command. Returns whether it is done, and all is right."""
-    usable = os.access(args.ledger, os.W_OK) and os.path.getsize(args.ledger) > 0
+    usable = os.access(args.ledger, os.W_OK)
+    usable = usable and os.path.getsize(args.ledger) > 0
     if not usable and (args.command != "open" or args.ledger.endswith(":memory:")):
         raise LookupError(f"no ledger to write to at {args.ledger}: `open` an account in a file")
     if args.crash_after:  # as kill -9 would
