@@ -165,7 +165,7 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
     """Settles an operation, unless it is settled: as an entry or, if `void` is a reason, as a void.
     An entry that the ledger refuses is settled as a void. Returns None for an entry, and the reason
     of a void: the same for ever. Raises OperationConflict if the op id is another operation's, and
-    sqlite3.IntegrityError if not even a void fits. OperationalError: outcome unknown, call again."""
+    sqlite3.IntegrityError if not even a void fits. OperationalError: state unknown; call again."""
     insert = "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (op_id) DO NOTHING"
     select = "SELECT * FROM operations WHERE op_id = ?"
     with LOCK:

@@ -64,7 +64,7 @@ transfer ids: not re.fullmatch("[A-Za-z0-9_-]{1,64}", transfer_id) => False
 transfer ids are str: type(transfer_id) is not str or =>
 two accounts: if source == target: => if False:
 terms: if terms and terms != (source, target, amount): => if False:
-the ledger first: in unfinished:\n        promise_id = f => in unfinished or 1:\n        promise_id = f
+ledger first: in unfinished:\n        promise_id = f => in unfinished or 1:\n        promise_id = f
 an old error: promise_id = secrets.token_hex(16) => return lookup(bank.db, *request)
 recover goes on: Exception as error:\n            result => ValueError as _:\n            result
 mend, logger: vars(sdk)["ContextLogger"] => vars(sdk)["Unused"]
