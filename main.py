@@ -420,7 +420,7 @@ def recover(bank: Bank) -> Iterator[dict[str, Any]]:
 
 # ---- What the SDK gets wrong: nothing here is part of the pattern --------------------------------
 
-LOG.addFilter(lambda record: record.levelno < logging.ERROR)  # the saga has them
+LOG.addFilter(lambda record: record.levelno < logging.ERROR)  # the saga handles errors
 
 
 def mend(resonate: Resonate) -> None:

@@ -154,7 +154,7 @@ def is_killed(work, folder, number):
     return child.exitcode != 0
 
 
-def kill_everywhere(work, again, state_of, folder, known=frozenset()):
+def kill_everywhere(work, again, state_of, folder, known=None):
     """Kills the work at every statement, each time in a copy of the folder. Returns how often.
 
     If that leaves a state that is not yet known, what finishes it is killed everywhere, and so on.
