@@ -536,7 +536,7 @@ def tour() -> bool:
         ledger = f"{folder}/ledger.db"
         for title, name, command, expected in TOUR:
             print(f"\n# {title}")
-            print(f"$ python main.py {command}", flush=True)
+            print(f"$ python main.py {command}")
             words = [sys.executable, __file__, *command.split(), "--ledger", ledger]
             status = subprocess.call(words, stderr=subprocess.STDOUT)
             with contextlib.closing(open_ledger(ledger)) as db:
@@ -582,14 +582,14 @@ def execute(args: argparse.Namespace) -> bool:
             case "recover":
                 statuses = []
                 for result in recover(start(db)):
-                    print(json.dumps(result), flush=True)
+                    print(json.dumps(result))
                     statuses.append(result["status"])
                 return "in flight" not in statuses
             case "journal":
                 return journal(db, args.ID)
             case _:  # worker
                 bank = start(db, remote=True)
-                print(f"worker on {args.ledger}", flush=True)
+                print(f"worker on {args.ledger}")
                 while True:
                     bank.resonate.start()  # does nothing, or raises RuntimeError if it has stopped
                     time.sleep(1)
@@ -599,11 +599,10 @@ def main() -> int:
     """Runs a command, or the tour. Returns the exit status: 0 done, 1 not done, 2 an error."""
     args = parse()
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace")
+        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         done = execute(args) if args.command else tour()
-        print(end="", flush=True)  # so that a closed pipe is an error here
         return 0 if done else 1
     except Exception as error:
         line = f"error: {error}"
@@ -612,7 +611,7 @@ def main() -> int:
         if type(error) in (RuntimeError, sqlite3.OperationalError):
             line += ". If that has passed, run the same command again"
         with contextlib.suppress(OSError):  # nobody can read it
-            print(printable(line), file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr)
         return 2
 
 

@@ -1,25 +1,23 @@
 """What the tests share: ledgers, banks, commands, kills, the oracle, and the closing count."""
 
-import itertools
 import multiprocessing
 import os
+import shlex
 import shutil
-import signal
 import sqlite3
 import subprocess
 import sys
-import tempfile
-import threading
 from collections import Counter
+from contextlib import closing
+from itertools import count
 from pathlib import Path
+from signal import SIGKILL, raise_signal
 
 import pytest
 
 import main
 
 MAIN = Path(main.__file__)
-ENVIRONMENT = os.environ | {"PYTHONPATH": f"{MAIN.parent}{os.pathsep}{MAIN.parent / 'tests'}"}
-ENVIRONMENT.pop("PYTHONUNBUFFERED", None)
 
 
 def adds_up(db):
@@ -38,10 +36,9 @@ def adds_up(db):
 def check(db):
     """The oracle, and that each row is as the law of the ledger has it."""
     accounts = {account for (account,) in db.execute("SELECT account FROM accounts")}
-    rows = {row[0]: row for row in db.execute("SELECT * FROM operations")}
-    for op_id, transfer_id, kind, account, amount, counterparty, void in rows.values():
-        types = [type(column) for column in rows[op_id][:6]]
-        assert types == [str, str, str, str, int, str]
+    rows = {op_id: columns for op_id, *columns in db.execute("SELECT * FROM operations")}
+    for op_id, (transfer_id, kind, account, amount, counterparty, void) in rows.items():
+        assert [type(column) for column in rows[op_id][:5]] == [str, str, str, int, str]
         assert op_id == f"{transfer_id}-{kind}"
         debit = rows.get(f"{transfer_id}-debit", ())
         if kind == "opening":
@@ -49,22 +46,16 @@ def check(db):
         elif kind == "debit":
             assert amount < 0 and (void or accounts >= {account, counterparty})
         elif kind == "credit":
-            assert debit[3:] == (counterparty, -amount, account, None)
+            assert debit[2:] == [counterparty, -amount, account, None]
         else:
-            assert kind == "reversal" and void is None and rows[f"{transfer_id}-credit"][6]
-            assert debit[3:] == (account, -amount, counterparty, None)
+            assert kind == "reversal" and void is None and rows[f"{transfer_id}-credit"][5]
+            assert debit[2:] == [account, -amount, counterparty, None]
     return adds_up(db)
-
-
-def settled(db):
-    """op id -> (account, amount, void) of all that has settled, but the openings."""
-    query = "SELECT op_id, account, amount, void FROM operations WHERE kind <> 'opening'"
-    return {op_id: (account, amount, void) for op_id, account, amount, void in db.execute(query)}
 
 
 def opened(path=":memory:"):
     """A ledger in which alice has 100.00 and bob 50.00."""
-    ledger = main.open_ledger(os.fspath(path))
+    ledger = main.open_ledger(path)
     main.open_account(ledger, "alice", 10000)
     main.open_account(ledger, "bob", 5000)
     return ledger
@@ -79,108 +70,80 @@ def operation(op_id, **changes):
 
 
 @pytest.fixture
-def db():
-    """A ledger in memory, of alice and bob. Whatever a test does to it, it still adds up."""
-    ledger = opened()
-    yield ledger
-    check(ledger)
-    ledger.close()
+def db(tmp_path):
+    """The ledger of alice and bob. Whatever a test does to it, it adds up in the end."""
+    with closing(opened(tmp_path / "ledger.db")) as ledger:
+        yield ledger
+        check(ledger)
 
 
 @pytest.fixture
 def bank(db):
-    bank = main.start(db)
-    yield bank
-    threading.Thread(target=bank.resonate.stop).start()  # it takes the SDK 0.3 s
+    return main.start(db)
 
 
 @pytest.fixture
-def ledger(tmp_path):
-    """The ledger of `cli`, of alice and bob; it adds up when the test ends."""
-    connection = opened(tmp_path / "ledger.db")
-    yield connection
-    check(connection)
-    connection.close()
-
-
-@pytest.fixture
-def cli(tmp_path):
+def cli(tmp_path, monkeypatch):
     """Runs `python main.py ...` as a process, in a folder of its own."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONUNBUFFERED", raising=False)
 
-    def run(words, **options):
-        command = [sys.executable, str(MAIN), *(words.split() if isinstance(words, str) else words)]
-        usual = {"cwd": tmp_path, "env": ENVIRONMENT, "capture_output": True, "text": True}
-        return subprocess.run(command, **usual | options)
+    def run(words, program=MAIN, **options):
+        options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        return subprocess.run([sys.executable, program, *shlex.split(words)], text=True, **options)
 
     return run
 
 
-def in_a_process(code):
-    """Runs code that may hang, or end its process, if what is tested is broken. What it prints.
-
-    It has a `folder`, in memory if there is such a disk: a kill spares it.
-    """
-    with tempfile.TemporaryDirectory(dir="/dev/shm" if os.path.isdir("/dev/shm") else None) as new:
-        code = f"import os; folder = {new!r} + '/0'; os.mkdir(folder)\n{code}"
-        command = [sys.executable, "-c", code]
-        done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-    return done.stdout
+def in_a_process(work, *args):
+    """What it returns, in a process with one thread, which may fork, and hang if it is broken."""
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, args)
 
 
-def is_killed(work, folder, number):
-    """Whether a process that does this work, and kills itself at the n-th statement, gets there."""
-    numbers = itertools.count(1)
-    connect = sqlite3.connect
+def left_at(path):
+    """A connection to what a kill has left there. Its files stay as they are."""
+    return closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True))
 
-    def kill_at_number(_sql):
-        if next(numbers) == number:
-            signal.raise_signal(signal.SIGKILL)
+
+def is_killed(do, words, folder, number):
+    """Whether a process that does this and kills itself at the n-th statement gets that far."""
+    if child := os.fork():
+        status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+        assert status in (0, 1, -SIGKILL)
+        return status < 0
+    numbers, connect = count(1), sqlite3.connect
 
     def connect_and_trace(*args, **options):
         db = connect(*args, **options)
-        db.set_trace_callback(kill_at_number)
+        db.set_trace_callback(lambda _: next(numbers) == number and raise_signal(SIGKILL))
         return db
 
-    def run():
-        sqlite3.connect = connect_and_trace
-        work(folder)
-        os._exit(0)
-
-    child = multiprocessing.get_context("fork").Process(target=run)
-    child.start()
-    child.join()
-    assert child.exitcode in (0, -signal.SIGKILL)
-    return child.exitcode != 0
+    sqlite3.connect = connect_and_trace
+    os._exit(do(words, folder))
 
 
-def kill_everywhere(work, again, state_of, folder, known=None):
-    """Kills the work at every statement, each time in a copy of the folder. Returns how often.
+def kill_everywhere(do, words, again, state_of, folder):
+    """Kills a command at every statement, each time in a copy of the folder. Returns how often.
 
-    If that leaves a state that is not yet known, what finishes it is killed everywhere, and so on.
+    In each new state that this leaves, what finishes it is killed everywhere, too, and so on.
     """
-    known = known or set()
-    known.add(state_of(folder))
-    kills = 0
-    for number in itertools.count(1):
-        copy = f"{folder}-{number}"
-        shutil.copytree(folder, copy)
-        if not is_killed(work, copy, number):
-            assert len(state_of(copy)) == 1, "a transfer stays in flight"
-            return kills
-        kills += 1
-        if state_of(copy) not in known:
-            kills += kill_everywhere(again, again, state_of, copy, known)
-
-
-TRIED = Counter()  # a test adds to it by `record_property(words, number)`
-
-
-def pytest_runtest_logreport(report):
-    if report.when == "call" and report.passed:
-        TRIED.update(dict(report.user_properties))
+    queue, known, kills = [(words, folder)], {state_of(folder)}, 0
+    for words, before in queue:
+        for number in count(1):
+            folder = before.with_name(f"{before.name}-{number}")
+            shutil.copytree(before, folder)
+            if not is_killed(do, words, folder, number):
+                assert len(state_of(folder)) == 1, "a transfer stays in flight"
+                break
+            kills += 1
+            if (state := state_of(folder)) not in known:
+                known.add(state)
+                queue.append((again, folder))
+    return kills
 
 
 def pytest_terminal_summary(terminalreporter):
-    for words, number in TRIED.items():
-        terminalreporter.line(f"{number:>9,} {words}")
+    for report in terminalreporter.stats.get("passed", ()):
+        for words, number in report.user_properties:
+            terminalreporter.line(f"{number:>9,} {words}")

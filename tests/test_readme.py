@@ -1,13 +1,11 @@
 """What the README says is so. Who copies main.py for a saga of their own may delete this file."""
 
 import re
-import shlex
-import subprocess
-import sys
 import tomllib
 
-from conftest import MAIN, in_a_process
+from conftest import MAIN
 from test_ledger import HOSTILE
+from test_search import GIVE_UP, GUARD
 
 README = MAIN.with_name("README.md").read_text()
 
@@ -22,49 +20,34 @@ def test_the_output_that_it_shows_is_that_of_a_run(cli):
     shown = blocks("text")[0].strip().split("\n\n")
     assert set(shown) <= set(tour.stdout.strip().split("\n\n"))
     assert len(shown) >= 3
+    statuses = re.findall(r'"status": "(\w+)"', tour.stdout)
+    assert set(statuses) == {"committed", "compensated", "rejected"}
 
 
-def test_without_give_up_the_ledger_stops_the_tour_and_without_its_guard_money_is_created(tmp_path):
-    naive = re.sub(r"yield ctx.run\(give_up, .*", "str(error)", MAIN.read_text())
-    unguarded = re.sub(r"SELECT RAISE\(ABORT, 'the credit is not a void'\)[^;]*;", "", naive)
-    program = tmp_path / "main.py"
-    for source, says in (
-        (
-            naive,
-            "error: the credit is not a void\n  t2-debit       alice          -20.00  in flight",
-        ),
-        (unguarded, "170.00 in accounts + 0.00 in flight, 150.00 opened: IT DOES NOT ADD UP"),
-    ):
-        program.write_text(source)
-        tour = subprocess.run([sys.executable, program], capture_output=True, text=True)
-        assert tour.returncode == 2
-        assert says in tour.stdout
+def test_without_give_up_the_tour_stops_and_without_the_guard_it_creates_money(cli, tmp_path):
+    naive = MAIN.read_text().replace(GIVE_UP, "str(error)")
+    stops = "error: the credit is not a void\n  t2-debit       alice          -20.00  in flight"
+    creates = "170.00 in accounts + 0.00 in flight, 150.00 opened: IT DOES NOT ADD UP"
+    for source, says in ((naive, stops), (re.sub(GUARD, "", naive), creates)):
+        (tmp_path / "naive.py").write_text(source)
+        tour = cli("", program="naive.py")
+        assert (tour.returncode, says in tour.stdout) == (2, True)
 
 
-def test_the_lines_that_it_shows_run():
-    [lines] = blocks("python")
-    out = in_a_process(f"os.chdir(folder)\n{lines}")
-    assert "'status': 'committed'" in out
+def test_the_lines_that_it_shows_run(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    exec(blocks("python")[0], {})
+    assert "'status': 'committed'" in capsys.readouterr().out
 
 
-def test_the_commands_that_it_shows_are_those_of_help(cli):
-    shown = {line.split()[1] for line in README.splitlines() if line.startswith("main.py ")}
-    overview = cli("--help").stdout
-    assert shown - {"the"} == set(re.findall("^    ([a-z]+) ", overview, re.MULTILINE))
-
-
-def test_what_it_installs_with_pip_is_what_the_project_needs():
-    project = tomllib.loads(MAIN.with_name("pyproject.toml").read_text())
-    tools = project["dependency-groups"]["dev"]
-    [line] = re.findall("pip install (.*)", README)
-    sdk, *others = shlex.split(line)
-    assert [sdk] == project["project"]["dependencies"]
-    assert others == [re.sub("[>=<].*", "", tool) for tool in tools]
-
-
-def test_the_names_links_and_numbers_in_it_are_right():
-    assert f"| {6 * 3 * len(HOSTILE):,} |" in README
+def test_the_commands_names_links_requirements_and_numbers_in_it_are_right(cli):
+    commands = re.findall("^main.py ([a-z]+)", README, re.MULTILINE)
+    assert commands == re.findall("^    ([a-z]+) ", cli("--help").stdout, re.MULTILINE)
     for name in re.findall(r"`([a-z]+_[a-z_]+)`", README):
         assert name in MAIN.read_text(), name
     for link in re.findall(r"\]\(([^)]*)\)", README):
         assert MAIN.with_name(link).exists()
+    project = tomllib.loads(MAIN.with_name("pyproject.toml").read_text())
+    for need in project["project"]["dependencies"] + project["dependency-groups"]["dev"]:
+        assert need.split(">")[0] in README
+    assert f"| {2 * 3 * len(HOSTILE):,} |" in README

@@ -104,15 +104,12 @@ def choices(saga, schema, before, executors, late):
             yield f"{'ABC'[number]}: {words}", (rows, everybody, late | more)
 
 
-def search(saga=main.transfer_money, schema=main.SCHEMA, can_pay=True):
+def search(saga=main.transfer_money, schema=main.SCHEMA):
     """How many states there are and, if one is wrong, the shortest story that ends in one."""
     gift = Step(main.apply_entry, (operation("gift-credit", account="alice", counterparty="bob"),))
     with closing(opened()) as db:
         main.settle(db, operation("gift-debit", account="bob", counterparty="alice"))
-        if can_pay:
-            gift(db)
-        rows = frozenset(db.execute("SELECT * FROM operations"))
-    start = (rows, ((), (), ()), frozenset([] if can_pay else [gift]))
+        start = (frozenset(db.execute("SELECT * FROM operations")), ((), (), ()), frozenset([gift]))
     queue, seen = [((), start)], {start}
     for story, (rows, executors, late) in queue:
         _, (error, problem) = on(schema, rows, status_if_it_adds_up)
@@ -127,12 +124,11 @@ def search(saga=main.transfer_money, schema=main.SCHEMA, can_pay=True):
     return len(seen), []
 
 
-@pytest.mark.parametrize("can_pay", [True, False], ids=["can pay", "can pay later"])
-def test_no_schedule_loses_creates_or_strands_money(can_pay, record_property):
-    states, story = search(can_pay=can_pay)
+def test_no_schedule_loses_creates_or_strands_money(record_property):
+    states, story = search()
     assert not story, "\n  ".join(["this schedule breaks the saga:", *story])
     record_property("states of a transfer searched: 0 lose, create or strand money", states)
-    assert f"{states:,}" in MAIN.with_name("README.md").read_text()
+    assert f"| {states:,} |" in MAIN.with_name("README.md").read_text()
 
 
 GIVE_UP = "yield ctx.run(give_up, credit, str(error)).options(non_retryable_exceptions=FINAL)"
@@ -142,7 +138,8 @@ FAULTY = {  # name: what stands in the place of GIVE_UP, and a step of the story
     "reverses on any error": (f"({GIVE_UP}) or 'error'", "credit_target t-credit lands, but fails"),
     "retries under another id": (GIVE_UP.replace("give_up, credit, str(error)", AGAIN), "again-"),
 }
-UNGUARDED = re.sub(r" SELECT RAISE\(ABORT, 'the credit is not a void'\)[^;]*;", "", main.SCHEMA)
+GUARD = r" SELECT RAISE\(ABORT, 'the credit is not a void'\)[^;]*;"  # of the ledger
+UNGUARDED = re.sub(GUARD, "", main.SCHEMA)
 
 
 def faulty(name):

@@ -4,36 +4,29 @@ Only `credit_target` and `give_up` are others, as main.py tells. That bank promi
 settles an op id only once, and it can settle it as a void.
 """
 
+import os
 import sqlite3
-import threading
 from contextlib import closing
-from functools import partial
 
-from conftest import check, in_a_process, kill_everywhere
+import pytest
+from conftest import check, in_a_process, kill_everywhere, left_at
 from test_commands import command
 
 import main
 
 
-class OtherBank:
-    def __init__(self, path):
-        self.db = sqlite3.connect(path, check_same_thread=False, autocommit=True)
-        columns = "op_id TEXT PRIMARY KEY, account TEXT, amount INTEGER, void TEXT"
-        self.db.execute(f"CREATE TABLE IF NOT EXISTS operations ({columns})")
-        self.lock = threading.Lock()
-
-    def settle(self, credit, void=None):
-        row = (credit.op_id, credit.account, credit.amount, void)
-        select = "SELECT void FROM operations WHERE op_id = ?"
-        with self.lock:
-            self.db.execute("INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?)", row)
-            return self.db.execute(select, (credit.op_id,)).fetchone()[0]
+def ask_other_bank(credit, void=None):
+    """That bank settles the credit, in its own file. What it answers: the reason of a void."""
+    row = (credit.op_id, credit.account, credit.amount, void)
+    with closing(sqlite3.connect("other.db", autocommit=True)) as db:
+        db.execute("INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?)", row)
+        return db.execute("SELECT void FROM operations WHERE op_id = ?", row[:1]).fetchone()[0]
 
 
 def credit_target(ctx, credit, *, fail, lose_answer):
     if fail:
         raise RuntimeError("no answer")
-    reason = ctx.get_dependency("other bank").settle(credit)
+    reason = ask_other_bank(credit)
     if lose_answer:
         raise RuntimeError("no answer")
     if main.settle(ctx.get_dependency("db"), credit, void=reason) is not None:
@@ -41,37 +34,22 @@ def credit_target(ctx, credit, *, fail, lose_answer):
 
 
 def give_up(ctx, credit, why):
-    reason = ctx.get_dependency("other bank").settle(credit, void=why)
+    reason = ask_other_bank(credit, void=why)
     return main.settle(ctx.get_dependency("db"), credit, void=reason)
 
 
-def with_other_bank(words, folder, start=main.start):
-    """A command of main.py, but that bank is the target's."""
-
-    def start_with_other_bank(db, **options):
-        bank = start(db, **options)
-        bank.resonate.set_dependency("other bank", OtherBank(f"{folder}/other.db"))
-        return bank
-
-    main.start, main.credit_target, main.give_up = start_with_other_bank, credit_target, give_up
-    command(words, folder)
+def command_with_other_bank(words, folder):
+    os.chdir(folder)
+    main.credit_target, main.give_up = credit_target, give_up
+    return command(words, folder)
 
 
 def state_of(folder):
     """What is in both files: all the money, and once. And what is in flight."""
-    with (
-        closing(sqlite3.connect(f"{folder}/ledger.db")) as ours,
-        closing(sqlite3.connect(f"{folder}/other.db")) as theirs,
-    ):
-        for db in (ours, theirs):
-            db.setconfig(sqlite3.SQLITE_DBCONFIG_NO_CKPT_ON_CLOSE)
-        state = (*ours.iterdump(), *theirs.iterdump())
+    with left_at(folder / "ledger.db") as ours, left_at(folder / "other.db") as theirs:
+        flying, state = check(ours), (*ours.iterdump(), *theirs.iterdump())
         balances = dict(ours.execute("SELECT * FROM accounts"))
-        flying = check(ours)
-        paid = {}
-        if theirs.execute("SELECT * FROM sqlite_schema").fetchone():
-            query = "SELECT op_id, amount FROM operations WHERE void IS NULL"
-            paid = dict(theirs.execute(query))
+        paid = dict(theirs.execute("SELECT op_id, amount FROM operations WHERE void IS NULL"))
     # What is in flight with us may have arrived. All else that has arrived, we have booked, too.
     arrived = sum(paid.get(f"{name}-credit", 0) for name in flying)
     assert balances["bob"] == sum(paid.values()) - arrived
@@ -79,18 +57,14 @@ def state_of(folder):
     return state, *flying
 
 
-def kill(words, folder):
-    with closing(main.open_ledger(f"{folder}/ledger.db")) as db:
+@pytest.mark.parametrize("fault", ["--lose-answer", "--fail-credit"])
+def test_money_is_whole_in_both_files_wherever_we_are_killed(fault, tmp_path, record_property):
+    with closing(sqlite3.connect(tmp_path / "other.db")) as db:
+        db.execute("CREATE TABLE operations (op_id TEXT PRIMARY KEY, account, amount, void)")
+    with closing(main.open_ledger(tmp_path / "ledger.db")) as db:
         main.open_account(db, "alice", 10000)
         main.open_account(db, "bob")  # stands for what that bank has
-    work, again = (partial(with_other_bank, each) for each in (words, "recover"))
-    print(kill_everywhere(work, again, state_of, folder))
-
-
-def test_money_is_whole_in_both_files_wherever_the_process_is_killed(record_property):
-    for fault in ("--lose-answer", "--fail-credit"):
-        words = f"transfer t1 alice bob 30 {fault}"
-        out = in_a_process(f"import test_second_bank; test_second_bank.kill({words!r}, folder)")
-        kills = int(out.split()[-1])
-        assert kills > 30
-        record_property("SIGKILLs of real processes at a statement: 0 lost or created", kills)
+    job = (command_with_other_bank, f"transfer t1 alice bob 30 {fault}", "recover", state_of)
+    kills = in_a_process(kill_everywhere, *job, tmp_path)
+    assert kills > 30
+    record_property("SIGKILLs of real processes at a statement: 0 lost or created", kills)
