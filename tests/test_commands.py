@@ -112,9 +112,7 @@ def state_of(folder):
         return state, *(check(db) if "CREATE" in state else {})
 
 
-@pytest.mark.parametrize(
-    "words", [f"{T1} 30 --lose-answer", f"{T1} 30 --fail-credit", "open alice 100"]
-)
+@pytest.mark.parametrize("words", [f"{T1} 1 --lose-answer", f"{T1} 1 --fail-credit", "open a 1"])
 def test_what_is_killed_anywhere_is_finished_by_the_next_process(words, tmp_path, record_property):
     """Also if what finishes it is killed."""
     (tmp_path / "ledger.db").touch()

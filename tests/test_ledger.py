@@ -82,12 +82,12 @@ def test_if_money_arrives_and_is_debited_between_a_refusal_and_its_void_the_debi
 
 def test_a_ledger_opens_beside_who_creates_or_reads_it_and_is_durable(pair):
     ours, other = pair
+    find, ids = "SELECT id FROM ledger", []
     create = partial(other.executescript, main.SCHEMA)
-    ours.set_trace_callback(lambda sql: "BEGIN IMM" in sql and create())
+    ours.set_trace_callback(lambda sql: "BEGIN IMM" in sql and ids.extend(create().execute(find)))
     main.open_ledger().executescript("PRAGMA journal_mode = DELETE; PRAGMA synchronous = OFF")
-    other.execute("BEGIN")
-    theirs = other.execute("SELECT id FROM ledger").fetchall()
-    assert main.open_ledger().execute("SELECT id FROM ledger").fetchall() == theirs  # no WAL yet
+    other.executescript(f"BEGIN; {find}")
+    assert list(main.open_ledger().execute(find)) == ids  # the reader keeps it from WAL
     other.execute("ROLLBACK")
     main.open_ledger()
     assert [*ours.execute("SELECT * FROM pragma_journal_mode, pragma_synchronous")] == [("wal", 2)]
