@@ -124,10 +124,8 @@ def is_killed(do, words, folder, number):
 
 
 def kill_everywhere(do, words, again, state_of, folder):
-    """Kills a command at every statement, each time in a copy of the folder. Returns how often.
-
-    In each new state that this leaves, what finishes it is killed everywhere, too, and so on.
-    """
+    """Kills a command at every statement, each time in a copy of the folder. In each new state that
+    this leaves, what finishes it is killed everywhere, too, and so on. Returns how often."""
     queue, known, kills = [(words, folder)], {state_of(folder)}, 0
     for words, before in queue:
         for number in count(1):

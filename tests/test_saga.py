@@ -109,9 +109,9 @@ def test_thousands_at_once_in_threads_and_processes_are_all_told_the_same_truth(
         with suppress(OperationConflict):
             return submit(banks[way % 2], f"t{number}", "alice", "bob", amount, **simulate)
 
-    with ThreadPoolExecutor(64) as pool:
-        runs = pool.map(cli, [f"transfer t{number} alice bob 0.40" for number in range(0, 500, 99)])
-        asked = [pool.submit(ask, number, way) for number in range(500) for way in range(4)]
+    pool = ThreadPoolExecutor(64)
+    runs = pool.map(cli, [f"transfer t{number} alice bob 0.40" for number in range(0, 500, 99)])
+    asked = [pool.submit(ask, number, way) for number in range(500) for way in range(4)]
     results = [future.result() for future in asked if future.result()]
     results += [json.loads(run.stdout) for run in runs if "already used" not in run.stderr]
     assert len({result["transfer_id"] for result in results}) == 500
