@@ -521,7 +521,7 @@ TOUR = (
     ("Another account", "bob", "open bob 50", 0),
     ("alice pays bob", "t1", "transfer t1 alice bob 30", 0),
     ("The credit comes late", "t2", "transfer t2 alice bob 20 --fail-credit", 1),
-    ("The answer is lost", "t3", "transfer t3 alice bob 5 --lose-answer", 0),
+    ("The answer is lost", "t3", "transfer t3 alice bob 7.5 --lose-answer", 0),
     ("alice has no 500.00", "t4", "transfer t4 alice bob 500", 1),
     ("t1 again: nothing moves", "t1", "transfer t1 alice bob 30", 0),
     ("Crash after a debit", "t5", "transfer t5 alice bob 10 --crash-after debit", 137),

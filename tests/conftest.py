@@ -11,7 +11,7 @@ from collections import Counter
 from contextlib import closing
 from itertools import count
 from pathlib import Path
-from signal import SIGKILL, raise_signal
+from signal import SIGKILL, alarm, raise_signal
 
 import pytest
 
@@ -35,7 +35,7 @@ def adds_up(db):
 
 def check(db):
     """The oracle, and that each row is as the law of the ledger has it."""
-    accounts = {account for (account,) in db.execute("SELECT account FROM accounts")}
+    known = {account for (account,) in db.execute("SELECT account FROM accounts")}
     rows = {op_id: columns for op_id, *columns in db.execute("SELECT * FROM operations")}
     for op_id, (transfer_id, kind, account, amount, counterparty, void) in rows.items():
         assert [type(column) for column in rows[op_id][:5]] == [str, str, str, int, str]
@@ -44,11 +44,12 @@ def check(db):
         if kind == "opening":
             assert transfer_id == account and void is None
         elif kind == "debit":
-            assert amount < 0 and (void or accounts >= {account, counterparty})
+            assert amount < 0 and (void is not None or known >= {account, counterparty} > {account})
         elif kind == "credit":
             assert debit[2:] == [counterparty, -amount, account, None]
         else:
-            assert kind == "reversal" and void is None and rows[f"{transfer_id}-credit"][5]
+            assert kind == "reversal" and void is None
+            assert rows[f"{transfer_id}-credit"][5] is not None
             assert debit[2:] == [account, -amount, counterparty, None]
     return adds_up(db)
 
@@ -96,22 +97,23 @@ def cli(tmp_path, monkeypatch):
 
 
 def in_a_process(work, *args):
-    """What it returns, in a process with one thread, which may fork, and hang if it is broken."""
+    """What the work returns, in a process of one thread: only such a process may fork."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(work, args)
 
 
 def left_at(path):
-    """A connection to what a kill has left there. Its files stay as they are."""
+    """A connection to what a kill has left: it changes no file."""
     return closing(sqlite3.connect(f"file:{path}?mode=ro", uri=True))
 
 
 def is_killed(do, words, folder, number):
-    """Whether a process that does this and kills itself at the n-th statement gets that far."""
+    """Does this in a process that kills itself at its n-th statement. Whether it gets that far."""
     if child := os.fork():
         status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         assert status in (0, 1, -SIGKILL)
         return status < 0
+    alarm(60)  # ends it if it hangs
     numbers, connect = count(1), sqlite3.connect
 
     def connect_and_trace(*args, **options):

@@ -43,7 +43,7 @@ def test_what_has_settled_stays_if_it_comes_again_or_as_something_else_or_is_cha
     changes = ({"amount": -7}, {"account": "carol"}, {"counterparty": "carol"})
     for why in (None, "no", None):
         assert settle(db, entry, why) is settle(db, opening, why) is None
-        assert settle(db, void, why) == "insufficient funds"
+        assert settle(db, void, why) == main.lookup(db, "more")["error"] == "insufficient funds"
         for settled, change in product((entry, void, opening), changes):
             with pytest.raises(OperationConflict, match="already used"):
                 settle(db, settled._replace(**change), why)
@@ -62,7 +62,7 @@ def test_every_instruction_of_sqlite_runs_under_the_lock(db):
 
 @pytest.fixture
 def pair(tmp_path, monkeypatch):
-    """Two connections to one file, in a hurry. `open_ledger` is given the first."""
+    """Two connections to one file, which wait for no lock. `open_ledger` is given the first."""
     connect = partial(sqlite3.connect, tmp_path / "a.db", timeout=0, autocommit=True)
     with closing(connect()) as ours, closing(connect()) as other:
         monkeypatch.setattr(sqlite3, "connect", lambda *_, **__: ours)

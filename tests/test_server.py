@@ -46,6 +46,7 @@ class Stage(ExitStack):
             self.server.wait()
         self.server = self.start(f"{SERVE} {options}", "resonate")
         while not all(map(answers, (API, POLL, METRICS))):
+            assert self.server.poll() is None
             time.sleep(0.05)
 
     def leave(self, transfer_id):
@@ -90,7 +91,7 @@ def test_a_frozen_worker_that_was_overtaken_pays_nobody_when_it_wakes_up(stage, 
     program.write_text(MAIN.read_text().replace("problem = None if fail", freezing))
     frozen = stage.start("worker", sys.executable, program)
     left = stage.leave("t1")
-    assert os.waitid(os.P_PID, frozen.pid, os.WSTOPPED).si_status == SIGSTOP
+    assert os.waitid(os.P_PID, frozen.pid, os.WSTOPPED | os.WEXITED).si_status == SIGSTOP
     main.submit(main.start(db), "t1", *TERMS, simulate_credit_failure=True)
     frozen.send_signal(SIGCONT)
     assert frozen.stderr.read(50).startswith("t1-debit is an entry\nt1-credit is a void: ")
@@ -112,7 +113,7 @@ def test_a_client_and_a_worker_whose_resonate_stops_end_with_a_line(stage):
     for process in [stage.start(TRANSFER), stage.start("worker")]:
         assert process.wait() == 2
         [line] = process.stderr.readlines()
-        assert line.startswith("error: Resonate has stopped: ")
+        assert line.startswith("error: Resonate has stopped: ") and "same command again" in line
 
 
 def test_an_id_is_that_of_one_transfer_of_one_ledger(stage):
