@@ -2,7 +2,7 @@
 
 import os
 import sys
-from signal import SIGINT
+from signal import SIGINT, alarm
 from subprocess import PIPE, STDOUT, Popen
 
 import pytest
@@ -85,12 +85,12 @@ def test_ctrl_c_leaves_no_traceback_and_no_folder(db, tmp_path, monkeypatch, wor
     db.execute("BEGIN IMMEDIATE")  # for this the transfer waits
     monkeypatch.setenv("TMPDIR", str(tmp_path))
     program = [sys.executable, "-X", "importtime", MAIN, *words.split()]
-    with Popen(program, cwd=tmp_path, stdout=PIPE, stderr=STDOUT, text=True) as child:
+    options = {"stdout": PIPE, "stderr": STDOUT, "preexec_fn": lambda: alarm(60)}  # then it dies
+    with Popen(program, cwd=tmp_path, text=True, **options) as child:
         next(line for line in child.stdout if then in line)
         child.send_signal(SIGINT)
         said = child.stdout.read()
-    assert (child.returncode, "Traceback" in said) == (130, False)
-    assert list(tmp_path.glob("tmp*")) == []
+    assert (child.returncode, "Traceback" in said, [*tmp_path.glob("tmp*")]) == (130, False, [])
 
 
 def test_an_output_that_nobody_can_read_is_an_error_without_a_traceback(cli, db):
