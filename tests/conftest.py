@@ -129,17 +129,17 @@ def kill_everywhere(do, words, again, state_of, folder):
     """Kills a command at every statement, each time in a copy of the folder. In each new state that
     this leaves, what finishes it is killed everywhere, too, and so on. Returns how often."""
     queue, known, kills = [(words, folder)], {state_of(folder)}, 0
-    for words, before in queue:
+    for job, before in queue:
         for number in count(1):
-            folder = before.with_name(f"{before.name}-{number}")
-            shutil.copytree(before, folder)
-            if not is_killed(do, words, folder, number):
-                assert len(state_of(folder)) == 1, "a transfer stays in flight"
+            copy = before.with_name(f"{before.name}-{number}")
+            shutil.copytree(before, copy)
+            if not is_killed(do, job, copy, number):
+                assert len(state_of(copy)) == 1, "a transfer stays in flight"
                 break
             kills += 1
-            if (state := state_of(folder)) not in known:
+            if (state := state_of(copy)) not in known:
                 known.add(state)
-                queue.append((again, folder))
+                queue.append((again, copy))
     return kills
 
 

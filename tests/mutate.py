@@ -38,7 +38,7 @@ UPDATE accounts .*; =>
 EXISTS \(SELECT 1 FROM operations WHERE op_id = NEW\.op_id\) => FALSE
 BEFORE (UPDATE|DELETE) ON operations => \g<0> WHEN FALSE
 db\.execute\("PRAGMA.*\)|db\.close\(\)(?=\n +raise) => pass
-with contextlib\.suppress\((sqlite3\.OperationalError|\w+)\): => if True:
+with contextlib\.suppress\([\w.]+\): => if True:
 held \+ moving == opened(?= and)|not wrong_balance|os\.path\.getsize\(args\.ledger\) > 0 => True
 in unfinished:(?=\n +promise_id = f) => in unfinished or 1:
 promise_id = secrets.token_hex\(16\) => return lookup(bank.db, *request)
