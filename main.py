@@ -1,8 +1,12 @@
+# /// script
+# requires-python = ">=3.12"
+# dependencies = ["resonate-sdk>=0.6.7,<0.7"]
+# ///
 """A money transfer that neither loses nor creates money, whatever crashes: this file is all of it.
 
 Money moves between two accounts that no single transaction can change together, as at two banks.
 (Here one SQLite file plays both, but no step changes both accounts.) The usual answer is a saga:
-take the money from the source (debit), pay the target (credit); if that fails, reverse the debit.
+take the money from the source (debit), pay the target (credit); if this fails, reverse the debit.
 
 That saga can create money, because an error does not prove that nothing happened. A credit can fail
 for its caller and yet have happened (its answer was lost), or happen later (it was slow). If the
@@ -27,41 +31,42 @@ is a void. So balances + amounts in flight = all the money that the accounts ope
       |                  `------ void --> reversal -----> compensated
       `----- void --------------------------------------> rejected
 
-Resonate (SDK 0.6.7, Python 3.12 or newer) runs the saga. It may run a step twice, or late. After a
-crash, `recover` or a Resonate server runs it again from the top, perhaps beside an older run. That
-is safe: a step that runs again finds its row in the ledger, and moves nothing. `python main.py` is
-a tour of all this, and `python main.py --help` lists the commands.
+Resonate (SDK 0.6.7) runs the saga, and remembers the result of each step, in memory or on a server.
+If the process dies, the saga is run again from the top. In memory nobody does that by itself: run
+the same command again, or `recover`. With a server a worker does it, perhaps beside an older run.
+That is safe: a step that runs again, or late, finds its row in the ledger, and moves nothing.
+
+    main.py                                   a tour of all this
+    main.py open ACCOUNT AMOUNT               open an account; the first one makes the ledger
+    main.py transfer ID SOURCE TARGET AMOUNT  move money; the same ID is the same transfer
+    main.py recover                           finish what is in flight
+    main.py journal [ID]                      show the ledger, and whether it adds up
+    main.py worker                            finish what clients of a Resonate server have left
 """
 
 import argparse
 import contextlib
-import io
 import json
 import logging
 import os
 import re
-import secrets
-import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
 from collections.abc import Generator, Iterator
+from decimal import Decimal
+from functools import partial
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
-
-if __name__ == "__main__":  # the next imports take a moment: Ctrl-C ends them without a traceback
-    signal.signal(signal.SIGINT, lambda *_: os._exit(130))
+from urllib.parse import quote
 
 import resonate.resonate as sdk
 from resonate import Context, Resonate
-from resonate.message_sources import Poller
+from resonate.models.commands import Function, Retry
 from resonate.retry_policies import Constant, Never
-from resonate.stores import RemoteStore
+from resonate.stores import LocalStore, RemoteStore
 
 # ---- The saga, and its steps: each step settles one operation ----------------------------------
 
@@ -77,6 +82,14 @@ class Operation(NamedTuple):
     counterparty: str = ""  # the other account of the transfer
 
 
+def operations(transfer_id: str, source: str, target: str, amount: int) -> tuple[Operation, ...]:
+    """The debit, the credit and the reversal of a transfer. Their op ids are always the same."""
+    debit = Operation(f"{transfer_id}-debit", transfer_id, "debit", source, -amount, target)
+    credit = Operation(f"{transfer_id}-credit", transfer_id, "credit", target, amount, source)
+    reversal = Operation(f"{transfer_id}-reversal", transfer_id, "reversal", source, amount, target)
+    return debit, credit, reversal
+
+
 def transfer_money(
     ctx: Context,
     transfer_id: str,
@@ -84,73 +97,58 @@ def transfer_money(
     target: str,
     amount: int,
     *,
-    simulate_credit_failure: bool = False,
-    simulate_lost_answer: bool = False,
+    simulate_credit_failure: str = "",
 ) -> Generator[Any, Any, str]:
     """Moves `amount` cents. Returns how it ended: "committed", "compensated" or "rejected".
-    `yield ctx.run(f, x)` runs the step f(ctx, x), and gives its result or raises its error here."""
-    debit = Operation(f"{transfer_id}-debit", transfer_id, "debit", source, -amount, target)
-    credit = Operation(f"{transfer_id}-credit", transfer_id, "credit", target, amount, source)
-    reversal = Operation(f"{transfer_id}-reversal", transfer_id, "reversal", source, amount, target)
+    `yield ctx.run(f, x)` runs the step f(ctx, x), and gives its result here. If the step raises an
+    error, Resonate waits and runs it again, until it succeeds; with Never(), it raises it here."""
+    debit, credit, reversal = operations(transfer_id, source, target, amount)
 
-    # Step 1: debit the source. After an error, Resonate runs it again, unless the error is FINAL.
-    reason = yield ctx.run(apply_entry, debit).options(non_retryable_exceptions=FINAL)
-    if reason is not None:
+    # Step 1: debit the source.
+    debited = yield ctx.run(apply_entry, debit)
+    if not debited:
         return "rejected"
 
-    # Step 2: credit the target, and do not retry: after one error, `give_up` decides.
+    # Step 2: credit the target, once. (To retry is safe, but keeps the money in flight for longer.)
     try:
-        yield ctx.run(
-            credit_target, credit, fail=simulate_credit_failure, lose_answer=simulate_lost_answer
-        ).options(retry_policy=Never())
+        paid = ctx.run(credit_target, credit, fail=simulate_credit_failure)
+        yield paid.options(retry_policy=Never())
     except Exception as error:
         # It may have happened all the same, or happen later. Only a void proves that it never will.
-        reason = yield ctx.run(give_up, credit, str(error)).options(non_retryable_exceptions=FINAL)
-        if reason is not None:
-            # Step 3: reverse the debit. There is no reason to check: a reversal is never a void.
-            yield ctx.run(apply_entry, reversal).options(non_retryable_exceptions=FINAL)
+        credited = yield ctx.run(give_up, credit, str(error))
+        if not credited:
+            # Step 3: reverse the debit. (As a void, this would lose the money: the ledger refuses.)
+            yield ctx.run(apply_entry, reversal)
             return "compensated"
     return "committed"
 
 
-class OperationConflict(Exception):
-    """An op id, or the id of a transfer, is already used for something else."""
-
-
-# Errors that no retry cures. (Resonate compares exact types: an OperationalError is retried.)
-FINAL = (OperationConflict, sqlite3.IntegrityError, sqlite3.ProgrammingError, sqlite3.DatabaseError)
-
-
-def apply_entry(ctx: Context, operation: Operation) -> str | None:
-    """Settles an operation as an entry. Returns None, or the reason why it is a void."""
+def apply_entry(ctx: Context, operation: Operation) -> bool:
+    """Settles an operation as an entry. Returns whether it has happened."""
     return settle(ctx.get_dependency("db"), operation)  # the ledger that `start` was given
 
 
-def credit_target(ctx: Context, credit: Operation, *, fail: bool, lose_answer: bool) -> None:
-    """Credits the target. With `fail` it is not paid, with `lose_answer` it is, and the saga sees
-    the same RuntimeError, as for all that goes wrong: Resonate cannot carry every exception."""
+def credit_target(ctx: Context, credit: Operation, *, fail: str) -> None:
+    """Credits the target. If `fail` is "late", it does not (yet); if "lost", it does, but its
+    answer is lost. To the saga, all that goes wrong looks the same: a RuntimeError."""
     try:
-        problem = None if fail else apply_entry(ctx, credit)
-        if fail or lose_answer:
+        credited = fail != "late" and apply_entry(ctx, credit)
+        if fail:
             raise TimeoutError("no answer from the target (simulated)")
-    except BaseException as error:  # a SystemExit would end a thread of Resonate in silence
-        problem = "".join(traceback.format_exception_only(error))
-    if problem is not None:
-        raise RuntimeError(printable(problem.strip()[:300]))
+        if not credited:
+            raise ValueError("the credit is a void")
+    except BaseException as error:  # Resonate cannot carry every exception: some end the process
+        raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
-def give_up(ctx: Context, operation: Operation, why: str) -> str | None:
-    """Settles an operation as a void, unless it is an entry already. Returns the reason, or None.
-    If the target is at another bank, that bank must settle the op id: in `credit_target` as an
-    entry, here as a void. Then settle it as that bank has answered, on an account of our ledger
-    that stands for the target. A bank that cannot promise a void cannot take part."""
+def give_up(ctx: Context, operation: Operation, why: str) -> bool:
+    """Settles an operation as a void. Returns whether it has happened all the same.
+    If the target is at another bank, that bank must settle the op id: as an entry if
+    `credit_target` asks, as a void if `give_up` asks. It answers with the row that stands. Then
+    settle it here as it is there, on an account of this ledger that stands for the target. Put the
+    ledger's id into that bank's key: another ledger may use the same op id. A bank that cannot
+    promise a void cannot take part."""
     return settle(ctx.get_dependency("db"), operation, void=why)
-
-
-def printable(text: str) -> str:
-    """The text, with what could drive a terminal escaped."""
-    escaped = [char if char.isprintable() else ascii(char)[1:-1] for char in text]
-    return "".join(escaped)
 
 
 # ---- The ledger: what has happened --------------------------------------------------------------
@@ -161,13 +159,14 @@ LOG = logging.getLogger("money-transfer")
 LOCK = threading.Lock()
 
 
-def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None) -> str | None:
+def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None) -> bool:
     """Settles an operation, unless it is settled: as an entry or, if `void` is a reason, as a void.
-    An entry that the ledger refuses is settled as a void. Returns None for an entry, and the reason
-    of a void: the same for ever. Raises OperationConflict if the op id is another operation's, and
-    sqlite3.IntegrityError if not even a void fits. OperationalError: state unknown; call again."""
-    insert = "INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT (op_id) DO NOTHING"
+    An entry that the ledger refuses becomes a void. Returns whether the operation has happened: the
+    same for ever. Raises sqlite3.Error if that is not known (call again), and ValueError."""
+    insert = "INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)"
     select = "SELECT * FROM operations WHERE op_id = ?"
+    if void is not None:
+        void = printable(void.strip()[:300])
     with LOCK:
         try:  # with autocommit, a statement is a transaction: row, balance and checks, or nothing
             db.execute(insert, (*operation, void))
@@ -175,16 +174,22 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
             # If another process settles it between these two inserts, the other's row stays.
             db.execute(insert, (*operation, str(refusal)))
         row = db.execute(select, (operation.op_id,)).fetchone()
-    reason: str | None
+    if row is None:  # OR IGNORE also ignores what breaks a CHECK
+        raise ValueError(f"the ledger cannot hold {operation}")
     *columns, reason = row
-    settled = Operation(*columns)
-    if settled != operation:
-        raise OperationConflict(f"{operation.op_id!r} is already used: {settled}")
-    outcome = "an entry" if reason is None else printable(f"a void: {reason}")
-    LOG.info("%s is %s", operation.op_id, outcome)  # --crash-after looks for this text
-    return reason
+    happened = reason is None and Operation(*columns) == operation
+    why_not = reason or "its op id is used for something else"
+    LOG.info("%s is %s", operation.op_id, "an entry" if happened else f"a void: {why_not}")
+    return happened
 
 
+def printable(text: str) -> str:
+    """The text, with control characters escaped: they could drive a terminal."""
+    escaped = [char if char.isprintable() else ascii(char)[1:-1] for char in text]
+    return "".join(escaped)
+
+
+# If you edit this, start a new ledger: `open_ledger` refuses one that was made by another schema.
 SCHEMA = """
 BEGIN IMMEDIATE;  -- all or nothing, also if several processes create the ledger at once
 CREATE TABLE IF NOT EXISTS operations (
@@ -201,17 +206,16 @@ CREATE TABLE IF NOT EXISTS operations (
                    ELSE kind IN ('credit', 'reversal') END)
 ) STRICT, WITHOUT ROWID;
 -- The balance of an account, in cents, is the sum of its entries. A RAISE undoes the whole INSERT.
-CREATE TABLE IF NOT EXISTS accounts (account TEXT PRIMARY KEY, balance INTEGER NOT NULL)
-  STRICT, WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS accounts (account TEXT PRIMARY KEY, balance INTEGER NOT NULL) STRICT;
 CREATE TRIGGER IF NOT EXISTS entry_moves_balance AFTER INSERT ON operations WHEN NEW.void IS NULL
 BEGIN
   INSERT INTO accounts SELECT NEW.account, 0 WHERE NEW.kind = 'opening';
   UPDATE accounts SET balance = balance + NEW.amount WHERE account = NEW.account;
   SELECT RAISE(ABORT, 'insufficient funds')
     FROM accounts WHERE account = NEW.account AND balance < 0;
-  -- A debit needs two accounts, both open, so that its credit and reversal can always happen.
-  SELECT RAISE(ABORT, 'unknown account') WHERE NEW.kind = 'debit' AND 2 > (
-    SELECT count(*) FROM accounts WHERE account IN (NEW.account, NEW.counterparty));
+  -- Both accounts of a debit are open, so that its credit and reversal can always happen.
+  SELECT RAISE(ABORT, 'unknown account') WHERE NEW.account NOT IN (SELECT account FROM accounts)
+    OR NEW.kind = 'debit' AND NEW.counterparty NOT IN (SELECT account FROM accounts);
 END;
 CREATE TRIGGER IF NOT EXISTS rule AFTER INSERT ON operations WHEN NEW.kind IN ('credit', 'reversal')
 BEGIN
@@ -220,7 +224,8 @@ BEGIN
     WHERE op_id = NEW.transfer_id || '-debit' AND void IS NULL AND amount = -NEW.amount
       AND CASE NEW.kind WHEN 'credit' THEN (account, counterparty) = (NEW.counterparty, NEW.account)
                         ELSE (account, counterparty) = (NEW.account, NEW.counterparty) END);
-  -- "It reverses a debit only if the credit is a void."
+  -- "It reverses a debit only if the credit is a void": a saga that forgets `give_up` gets stuck
+  -- here, but creates no money.
   SELECT RAISE(ABORT, 'the credit is not a void') WHERE NEW.kind = 'reversal' AND NOT EXISTS (
     SELECT 1 FROM operations WHERE op_id = NEW.transfer_id || '-credit' AND void IS NOT NULL);
   SELECT RAISE(ABORT, 'a reversal is never a void')
@@ -234,8 +239,7 @@ CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON operations
 BEGIN SELECT RAISE(ABORT, 'operations are final'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON operations
 BEGIN SELECT RAISE(ABORT, 'operations are final'); END;
-
-CREATE VIEW IF NOT EXISTS transfers AS  -- the state of each; look it up by debit_id
+CREATE VIEW IF NOT EXISTS transfers AS  -- the state of each; debit_id is the one that is indexed
   SELECT debit.op_id AS debit_id, debit.transfer_id, debit.account AS source,
     debit.counterparty AS target, -debit.amount AS amount,
     CASE WHEN debit.void IS NOT NULL THEN 'rejected'
@@ -254,36 +258,46 @@ COMMIT;
 
 def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
     """The ledger at `path`, made if there is none. Raises sqlite3.Error if it cannot be used."""
-    if os.path.isfile(path) and os.path.getsize(path) == 1:  # SQLite would overwrite it
-        raise sqlite3.DatabaseError("this file is not a ledger")
-    db = sqlite3.connect(path, check_same_thread=False, autocommit=True)
+    db = sqlite3.connect(path, check_same_thread=False, autocommit=True, uri=True)
     try:
-        names = {name for (name,) in db.execute("SELECT name FROM sqlite_schema")}
-        if not names:
+        if not objects(db):
+            # Readers and writers do not block each other. (Busy: another process does the same.)
+            with contextlib.suppress(sqlite3.OperationalError):
+                db.execute("PRAGMA journal_mode = WAL")
             db.executescript(SCHEMA)
-        elif not {"ledger", "operations"} <= names:
-            raise sqlite3.DatabaseError("this file is not a ledger")
+        with contextlib.closing(sqlite3.connect(":memory:")) as model:
+            model.executescript(SCHEMA)
+            if not objects(model) <= objects(db):
+                raise sqlite3.DatabaseError("its schema is not the SCHEMA of this program")
         db.execute("PRAGMA synchronous = FULL")  # a commit survives a loss of power
-        with contextlib.suppress(sqlite3.OperationalError):  # busy: the next start does it
-            db.execute("PRAGMA journal_mode = WAL")  # readers and writers do not block each other
-    except sqlite3.Error:
+    except sqlite3.Error as error:
         db.close()
-        raise
+        raise type(error)(f"{path}: {error}") from error
     return db
+
+
+def objects(db: sqlite3.Connection) -> set[str]:
+    """The tables, triggers and views of a database, as they were made, but without comments."""
+    rows = db.execute("SELECT sql FROM sqlite_schema WHERE sql IS NOT NULL")
+    return {re.sub(r"(--.*|\s)+", " ", sql) for (sql,) in rows}
+
+
+class OperationConflict(Exception):
+    """An account, or the id of a transfer, is already used for something else."""
 
 
 def open_account(db: sqlite3.Connection, account: str, opening: int = 0) -> None:
     """Opens an account that holds `opening` cents, once. Raises ValueError or OperationConflict."""
     check(opening, account, least=0)
-    op_id = f"{account}-opening"
-    settle(db, Operation(op_id, account, "opening", account, opening))
+    if not settle(db, Operation(f"{account}-opening", account, "opening", account, opening)):
+        raise OperationConflict(f"account {account!r} was opened with another amount")
 
 
 def check(cents: int, *accounts: str, least: int = 1) -> None:
     """Raises ValueError unless these are a number of cents, and names of accounts."""
     for name in accounts:
-        if type(name) is not str or not name or not name.isprintable():
-            raise ValueError(f"the name of an account is printable text, not {name!r}")
+        if type(name) is not str or not name.isprintable() or name.strip() != (name or None):
+            raise ValueError(f"an account is printable text, no space at its ends, not {name!r}")
     if type(cents) is not int or not least <= cents <= 10**15:  # far below SQLite's 64 bits
         raise ValueError(f"an amount is {least} to 10**15 whole cents, not {cents!r}")
 
@@ -302,9 +316,9 @@ def balance(db: sqlite3.Connection, account: str) -> int:
     return int(rows[0][0])
 
 
-def lookup(db: sqlite3.Connection, transfer_id: str, *terms: str | int) -> dict[str, Any]:
-    """What the ledger says of a transfer; the status is "unknown" if no debit has settled. Raises
-    OperationConflict if its source, target and amount are not these `terms`."""
+def lookup(db: sqlite3.Connection, transfer_id: str, *terms: Any) -> dict[str, Any]:
+    """What the ledger says about a transfer: its status is "unknown" if no debit has settled.
+    Raises OperationConflict if it is not of the `terms` (source, target, amount) that are given."""
     query = "SELECT source, target, amount, status, error FROM transfers WHERE debit_id = ?"
     rows = read(db, query, f"{transfer_id}-debit")
     if not rows:
@@ -317,11 +331,23 @@ def lookup(db: sqlite3.Connection, transfer_id: str, *terms: str | int) -> dict[
     return result | {"status": status, "error": error}
 
 
+def totals(db: sqlite3.Connection) -> tuple[int, int, int, bool]:
+    """The cents in accounts, in flight, and opened; and whether every cent is somewhere."""
+    # One statement sees one moment, whatever others write meanwhile.
+    query = """
+        SELECT (SELECT coalesce(sum(balance), 0) FROM accounts),
+               (SELECT coalesce(sum(amount), 0) FROM transfers WHERE status = 'in flight'),
+               (SELECT coalesce(sum(amount), 0) FROM operations WHERE kind = 'opening'),
+               EXISTS (SELECT account, balance FROM accounts EXCEPT SELECT account, sum(amount)
+                       FROM operations WHERE void IS NULL GROUP BY account)
+    """
+    [(held, moving, opened, wrong_balance)] = read(db, query)
+    return held, moving, opened, held + moving == opened and not wrong_balance
+
+
 def money(cents: int) -> str:
     """Cents as people write them: 3000 is 30.00."""
-    whole, rest = divmod(abs(cents), 100)
-    sign = "-" if cents < 0 else ""
-    return f"{sign}{whole}.{rest:02}"
+    return f"{Decimal(cents) / 100:.2f}"
 
 
 # ---- Running it ---------------------------------------------------------------------------------
@@ -336,21 +362,22 @@ class Bank(NamedTuple):
 
 
 def start(db: sqlite3.Connection, *, remote: bool = False, client: bool = False) -> Bank:
-    """Starts Resonate on this ledger. It keeps results in memory or, if `remote`, on a server. Then
-    a client runs what it submits, a worker what dead clients left. Raises ConnectionError."""
+    """Starts Resonate on this ledger: in memory or, if `remote`, with a server. A client runs its
+    own transfers, a worker what dead clients have left. Raises ValueError or ConnectionError."""
+    if db.autocommit is not True or db.in_transaction:
+        raise ValueError("the connection does not commit each statement: use open_ledger")
     [(ledger_id,)] = read(db, "SELECT id FROM ledger")
+    store = mend()
     if remote:
         check_server()
-        # A client is alone in its group, so it gets no work. What it leaves is sent to workers.
+        # A server sends work to a group. A client is alone in its own, which is sent none.
         workers = f"money-transfer-{ledger_id}"
-        group = workers
-        if client:
-            group = f"client-{secrets.token_hex(8)}"
-        resonate = Resonate.remote(group=group)
-        resonate = resonate.options(target=workers)
+        group = f"client-{os.urandom(8).hex()}" if client else workers
+        resonate = Resonate.remote(group=group).options(target=workers)
     else:
-        resonate = Resonate.local()
-    mend(resonate)
+        messages = store.message_source(group="default", id="memory")
+        # Its lease on a run lasts for days: nobody else could take the run over.
+        resonate = Resonate(store=store, message_source=messages, ttl=10**6)
     resonate.set_dependency("db", db)
     resonate.register(transfer_money)
     resonate.start()
@@ -358,128 +385,128 @@ def start(db: sqlite3.Connection, *, remote: bool = False, client: bool = False)
 
 
 def submit(
-    bank: Bank,
-    transfer_id: str,
-    source: str,
-    target: str,
-    amount: int,
-    *,
-    simulate_credit_failure: bool = False,
-    simulate_lost_answer: bool = False,
+    bank: Bank, transfer_id: str, source: str, target: str, amount: int, **options: str
 ) -> dict[str, Any]:
-    """Runs a transfer of `amount` cents under its id. Returns what the ledger says of it. Raises
-    ValueError, OperationConflict (the id is another's), or RuntimeError (Resonate has stopped)."""
+    """Runs a transfer of `amount` cents. Returns what the ledger says about it. Raises ValueError,
+    OperationConflict (the id is another transfer's), TimeoutError (ask again), or RuntimeError
+    (Resonate has stopped). The `options` are those of `transfer_money`."""
     if type(transfer_id) is not str or not re.fullmatch("[A-Za-z0-9_-]{1,64}", transfer_id):
         raise ValueError(f"a transfer id is 1 to 64 of A-Z a-z 0-9 _ -, not {transfer_id!r:.80}")
     check(amount, source, target)
-    if source == target:
-        raise ValueError(f"source and target are the same account: {source!r:.80}")
     request = (transfer_id, source, target, amount)
-    faults: dict[str, Any] = dict(
-        simulate_credit_failure=simulate_credit_failure, simulate_lost_answer=simulate_lost_answer
-    )
-    # Calls with the same id share a promise, and so a run. Its result may be an old error, or of a
-    # copy of this ledger: so ask the ledger, and if the transfer is unfinished, run it anew.
-    unfinished = ("unknown", "in flight")
-    if lookup(bank.db, *request)["status"] in unfinished:
-        promise_id = f"{bank.ledger_id}-{transfer_id}"
-        with contextlib.suppress(Exception):
-            run(bank, promise_id, *request, **faults)
-    if lookup(bank.db, *request)["status"] in unfinished:
-        promise_id = secrets.token_hex(16)
-        run(bank, promise_id, *request, **faults)
-    return lookup(bank.db, *request)
-
-
-def run(bank: Bank, promise: str, transfer_id: str, *terms: Any, **faults: bool) -> None:
-    """Runs a transfer under this promise id, here or in another process, until it ends."""
-    said = False
-    while True:
-        # Ask again and again: a server may have lost the promise. If not, this joins its run.
-        handle = bank.resonate.begin_run(promise, "transfer_money", transfer_id, *terms, **faults)
+    promise = f"{bank.ledger_id}-{transfer_id}"  # calls with the same id share it, and so one run
+    pause, deadline = 0.0, time.monotonic() + 60
+    while time.monotonic() < deadline:
+        result = lookup(bank.db, *request)
+        if result["status"] not in ("unknown", "in flight"):
+            return result
+        time.sleep(pause)
+        # It runs here or, if another process has begun it, there. A server may lose it: ask again.
+        handle = bank.resonate.begin_run(promise, "transfer_money", *request, **options)
         try:
             handle.result(timeout=2)
-            return
-        except TimeoutError:
-            if not said:
-                LOG.warning("waiting for %s: it has not ended yet", transfer_id)
-            said = True
+        except Exception as error:
+            problem = str(error) or "a worker or `recover` finishes it if its client is dead"
+            LOG.warning("still waiting for %s: %s", transfer_id, problem)
+        if handle.done():  # if the ledger (a copy, restored) does not know of that: run it anew
+            promise, pause = os.urandom(16).hex(), 1.0
+    raise TimeoutError(f"{transfer_id} has not ended in a minute: ask again")
 
 
 def recover(bank: Bank) -> Iterator[dict[str, Any]]:
     """Finishes each transfer in flight from the ledger alone. Yields each result, or its error."""
     query = "SELECT transfer_id, source, target, amount FROM transfers WHERE status = 'in flight'"
-    for transfer_id, source, target, amount in read(bank.db, query):
+    for transfer_id, *terms in read(bank.db, query):
         try:
-            result = submit(bank, transfer_id, source, target, amount)
+            yield submit(bank, transfer_id, *terms)
         except Exception as error:
-            result = lookup(bank.db, transfer_id)
-            result["error"] = str(error)
-        yield result
+            yield lookup(bank.db, transfer_id) | {"error": str(error)}
 
 
 # ---- What the SDK gets wrong: nothing here is part of the pattern --------------------------------
 
-LOG.addFilter(lambda record: record.levelno < logging.ERROR)  # the saga handles errors
+LOG.addFilter(lambda record: "Function credit_target(" not in record.getMessage())  # it is handled
 
 
-def mend(resonate: Resonate) -> None:
-    """Mends SDK 0.6.7. Without it, transfers get slower, and threads can end the process."""
+def mend() -> LocalStore:
+    """Mends SDK 0.6.7: it gets slower, and threads end the process. Returns its store in memory."""
     vars(sdk)["ContextLogger"] = lambda *_: LOG  # it makes a logger for each step, and keeps it
-    # Threads add promises while its store in memory looks for some to time out: let it see none.
-    store: Any = resonate._store
-    store.promises.scan = store.tasks.scan = lambda: ()
+    delayed: Any = (Function, Retry)
+    for item in delayed:  # it compares two that are due at the same time
+        item.__lt__ = lambda *_: False
+    store = LocalStore()
+    for records in (store.promises, store.tasks):
+        share(records, store._cond)
+    return store
+
+
+def share(records: Any, lock: Any) -> None:
+    """Lets threads share the records of a store: each method holds the lock of the store's own
+    thread, which now looks only through what can still change, not through all that it keeps."""
+    transition = records.transition
+    unfinished: dict[str, Any] = {}
+
+    def transition_and_note(id: str, *args: Any, **options: Any) -> Any:
+        result = transition(id, *args, **options)
+        unfinished[id] = result[0]
+        if result[0].state not in ("PENDING", "INIT", "ENQUEUED", "CLAIMED"):
+            del unfinished[id]
+        return result
+
+    def call_alone(method: Any, *args: Any, **options: Any) -> Any:
+        with lock:
+            return method(*args, **options)
+
+    records.transition = transition_and_note
+    records.scan = lambda: list(unfinished.values())
+    for name in dir(records):
+        if not name.startswith("_"):
+            setattr(records, name, partial(call_alone, getattr(records, name)))
 
 
 def check_server() -> None:
     """Raises ConnectionError if no Resonate server answers: the SDK would try for ever."""
-    store = RemoteStore(retry_policy=Constant(max_retries=-1))  # -1: tries once
+    store = RemoteStore(retry_policy=Constant(max_retries=-1))  # -1: it tries once
     try:
         store.tasks.heartbeat(pid="nobody")  # any call will do
-        poller = Poller(group="any", id="any")
-        messages = urlsplit(poller.url)
-        address = (messages.hostname, messages.port)
-        socket.create_connection(address, timeout=5).close()
     except Exception as error:
-        raise ConnectionError(
-            f"no Resonate server at {store.url}: {error!s:.99}: start `resonate serve` 0.8.2,"
-            " and write RESONATE_HOST as http://HOST"
-        ) from error
+        problem = " ".join(str(error).split())
+        hint = "RESONATE_HOST is http://HOST; RESONATE_USERNAME and RESONATE_PASSWORD if it asks"
+        raise ConnectionError(f"no Resonate server at {store.url}: {problem} ({hint})") from error
 
 
 # ---- The command line ---------------------------------------------------------------------------
 
-
-def parse() -> argparse.Namespace:
-    """The arguments of the command line. Ends the process with status 2 if they are not valid."""
-    cli = argparse.ArgumentParser(description="Without a command: a tour.")
-    commands = cli.add_subparsers(dest="command", metavar="COMMAND")
-    command = commands.add_parser("open", help="open an account; the first one makes the ledger")
-    command.add_argument("ACCOUNT")
-    command.add_argument("AMOUNT", type=to_cents)
-    command = commands.add_parser("transfer", help="move money; the same ID is the same transfer")
-    for name in ("ID", "SOURCE", "TARGET"):
-        command.add_argument(name)
-    command.add_argument("AMOUNT", type=to_cents)
-    command.add_argument("--fail-credit", action="store_true", help="the credit comes too late")
-    command.add_argument("--lose-answer", action="store_true", help="it happens, and seems to fail")
-    command.add_argument("--server", action="store_true", help="use a Resonate server")
-    commands.add_parser("recover", help="finish what is in flight")
-    command = commands.add_parser("journal", help="show the ledger, and whether it adds up")
-    command.add_argument("ID", nargs="?", default="")
-    commands.add_parser("worker", help="finish what clients of a Resonate server have left")
-    for command in commands.choices.values():
-        command.add_argument("--ledger", default="ledger.db", type=os.path.abspath)
-        command.add_argument("--crash-after", choices=("opening", "debit", "credit", "reversal"))
-    return cli.parse_args()
+TOUR = """
+An account | alice | open alice 100 | 0
+Another account | bob | open bob 50 | 0
+alice pays bob | t1 | transfer t1 alice bob 30 | 0
+The credit comes late | t2 | transfer t2 alice bob 20 --fail-credit late | 1
+The answer is lost | t3 | transfer t3 alice bob 7.5 --fail-credit lost | 0
+alice has no 500.00 | t4 | transfer t4 alice bob 500 | 1
+t1 again: nothing moves | t1 | transfer t1 alice bob 30 | 0
+Killed after the debit | t5 | transfer t5 alice bob 10 --crash-after debit | 137
+Finished from the ledger alone | t5 | recover | 0
+Killed after the void | t6 | transfer t6 alice bob 5 --fail-credit late --crash-after credit | 137
+Finished from the ledger alone | t6 | recover | 0
+"""
 
 
-def to_cents(text: str) -> int:
-    """An amount as people write it, in cents: 30 or 30.00 is 3000."""
-    if not re.fullmatch(r"[0-9]{1,13}(\.[0-9]{1,2})?", text):
-        raise argparse.ArgumentTypeError(f"not an amount: {text!r}. Write 30 or 30.00")
-    whole, _, fraction = text.partition(".")
-    return int(whole + fraction.ljust(2, "0"))
+def tour() -> bool:
+    """Runs TOUR and checks it. A line: title, id whose rows are shown, command, exit status."""
+    with tempfile.TemporaryDirectory() as folder:
+        ledger = f"{folder}/ledger.db"
+        for scene in TOUR.strip().splitlines():
+            title, name, command, expected = scene.split(" | ")
+            print(f"\n# {title}\n$ python main.py {command}")
+            words = [sys.executable, __file__, *command.split(), "--ledger", ledger]
+            status = subprocess.call(words, stderr=subprocess.STDOUT)
+            if status == 137:
+                print("  (killed)")
+            with contextlib.closing(open_ledger(ledger)) as db:
+                adds_up = journal(db, name)
+            assert adds_up and status == int(expected), f"{title}: exit status {status}"
+    return True
 
 
 def journal(db: sqlite3.Connection, only: str = "") -> bool:
@@ -488,130 +515,104 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
         SELECT op_id, operations.account, operations.amount, coalesce('void: ' || void, status, '')
         FROM operations LEFT JOIN transfers ON debit_id = op_id
         WHERE ? IN (operations.transfer_id, '')
-        ORDER BY operations.transfer_id, kind <> 'debit', kind
+        ORDER BY operations.transfer_id, kind <> 'debit', kind  -- the debit, the credit, the rest
     """
     balances = "SELECT 'balance', account, balance, '' FROM accounts WHERE ? = ''"
+    read(db, "BEGIN")  # until COMMIT, all that is read is of one moment
     rows = read(db, operations, only)
     rows += read(db, balances, only)
-    if not rows:
+    held, moving, opened, adds_up = totals(db)
+    read(db, "COMMIT")
+    if only and not rows:
         raise LookupError(f"no transfer {only!r} in this ledger")
-    columns = "  {:14} {:10} {:>10}  {}"
-    for name, account, amount, note in rows:
-        line = columns.format(name, account, money(amount), note)
-        print(printable(line.rstrip()))
-    # One statement sees one moment, whatever others write meanwhile.
-    totals = """
-        SELECT (SELECT coalesce(sum(balance), 0) FROM accounts),
-               (SELECT coalesce(sum(amount), 0) FROM transfers WHERE status = 'in flight'),
-               (SELECT coalesce(sum(amount), 0) FROM operations WHERE kind = 'opening'),
-               EXISTS (SELECT account, balance FROM accounts EXCEPT SELECT account, sum(amount)
-                       FROM operations WHERE void IS NULL GROUP BY account)
-    """
-    [(held, moving, opened, wrong_balance)] = read(db, totals)
-    adds_up = held + moving == opened and not wrong_balance
+    width = max((len(text) for row in rows for text in row[:2]), default=0)
+    for name, account, cents, note in rows:
+        amount = money(cents).rjust(10)
+        line = f"{name}\t{account}\t{amount}  {note}".expandtabs(width + 2)
+        print("  " + printable(line.rstrip()))
     verdict = "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
     print(f"  {money(held)} in accounts + {money(moving)} in flight,", end=" ")
     print(f"{money(opened)} opened: {verdict}")
     return adds_up
 
 
-# Title, what to show of the ledger, command, and its exit status.
-TOUR = (
-    ("An account", "alice", "open alice 100", 0),
-    ("Another account", "bob", "open bob 50", 0),
-    ("alice pays bob", "t1", "transfer t1 alice bob 30", 0),
-    ("The credit comes late", "t2", "transfer t2 alice bob 20 --fail-credit", 1),
-    ("The answer is lost", "t3", "transfer t3 alice bob 7.5 --lose-answer", 0),
-    ("alice has no 500.00", "t4", "transfer t4 alice bob 500", 1),
-    ("t1 again: nothing moves", "t1", "transfer t1 alice bob 30", 0),
-    ("Crash after a debit", "t5", "transfer t5 alice bob 10 --crash-after debit", 137),
-    ("Finished from the ledger alone", "t5", "recover", 0),
-)
-
-
-def tour() -> bool:
-    """Runs the commands of TOUR, each in a process of its own, and checks what they leave."""
-    signal.signal(signal.SIGINT, lambda *_: sys.exit(130))  # on the way out, removes the folder
-    with tempfile.TemporaryDirectory() as folder:
-        ledger = f"{folder}/ledger.db"
-        for title, name, command, expected in TOUR:
-            print(f"\n# {title}")
-            print(f"$ python main.py {command}")
-            words = [sys.executable, __file__, *command.split(), "--ledger", ledger]
-            status = subprocess.call(words, stderr=subprocess.STDOUT)
-            with contextlib.closing(open_ledger(ledger)) as db:
-                adds_up = journal(db, name)
-            if status != expected or not adds_up:
-                raise AssertionError(f"{title}: exit status {status}")
-    return True
+def to_cents(text: str) -> int:
+    """An amount as people write it, in cents: 30 or 30.00 is 3000. Raises ValueError."""
+    if not re.fullmatch(r"[0-9]{1,20}(\.[0-9]{1,2})?", text):
+        raise ValueError(f"not an amount: {text!r}: write 30 or 30.00")
+    return int(Decimal(text) * 100)
 
 
 def execute(args: argparse.Namespace) -> bool:
     """Runs a command. Returns whether it is done, and all is right."""
-    usable = os.access(args.ledger, os.W_OK)
-    usable = usable and os.path.getsize(args.ledger) > 0
-    if not usable and (args.command != "open" or args.ledger.endswith(":memory:")):
-        raise LookupError(f"no ledger to write to at {args.ledger}: `open` an account in a file")
-    if args.crash_after:  # as kill -9 would
-        last = f"-{args.crash_after} is"
-        LOG.addFilter(lambda record: last not in record.getMessage() or os._exit(137))
+    if args.crash_after:
+        last = f"-{args.crash_after} is "
+        LOG.addFilter(lambda record: os._exit(137) if last in record.getMessage() else True)
+    match args.command:
+        case ["open", _, _]:
+            mode = "ab"
+        case ["transfer", _, _, _, _] | ["recover"] | ["worker"]:
+            mode = "r+b"
+        case ["journal"] | ["journal", _]:
+            mode = "rb"
+        case _:
+            raise LookupError(f"not a command: {' '.join(args.command)!r}: see --help")
+    open(args.ledger, mode).close()  # an OSError says what is wrong with the file
+    if not os.access(args.ledger, os.W_OK):  # SQLite may make no files beside it, either
+        args.ledger = f"file:{quote(args.ledger)}?immutable=1"
     with contextlib.closing(open_ledger(args.ledger)) as db:
         match args.command:
-            case "open":
-                open_account(db, args.ACCOUNT, args.AMOUNT)
-                result = {"account": args.ACCOUNT, "opening": args.AMOUNT}
-                print(json.dumps(result))
-                return True
-            case "transfer":
-                balance(db, args.SOURCE)  # a LookupError, so that a typing error uses up no ID
-                balance(db, args.TARGET)
-                request = (args.ID, args.SOURCE, args.TARGET, args.AMOUNT)
-                result = submit(
-                    start(db, remote=args.server, client=True),
-                    *request,
-                    simulate_credit_failure=args.fail_credit,
-                    simulate_lost_answer=args.lose_answer,
-                )
-                # The credit that seemed lost arrives now. It finds the void, and does nothing.
-                if args.fail_credit and result["status"] == "compensated":
-                    LOG.info("now the credit comes after all")
-                    late = (args.ID, "credit", args.TARGET, args.AMOUNT, args.SOURCE)
-                    settle(db, Operation(f"{args.ID}-credit", *late))
+            case ["open", account, amount]:
+                open_account(db, account, to_cents(amount))
+                print(json.dumps({"account": account, "opening": to_cents(amount)}))
+            case ["transfer", transfer_id, source, target, amount]:
+                request = (transfer_id, source, target, to_cents(amount))
+                bank = start(db, remote=args.server, client=True)
+                result = submit(bank, *request, simulate_credit_failure=args.fail_credit)
+                if args.fail_credit == "late" and result["status"] == "compensated":
+                    LOG.info("now the credit comes after all, and finds its void")
+                    _, credit, _ = operations(*request)
+                    settle(db, credit)
                 print(json.dumps(result))
                 return bool(result["status"] == "committed")
-            case "recover":
-                statuses = []
+            case ["recover"]:
+                if totals(db)[1] == 0:
+                    LOG.info("nothing is in flight")
                 for result in recover(start(db)):
                     print(json.dumps(result))
-                    statuses.append(result["status"])
-                return "in flight" not in statuses
-            case "journal":
-                return journal(db, args.ID)
-            case _:  # worker
+                return totals(db)[1] == 0
+            case ["journal"] | ["journal", _]:
+                return journal(db, *args.command[1:])
+            case ["worker"]:
                 bank = start(db, remote=True)
                 print(f"worker on {args.ledger}")
                 while True:
                     bank.resonate.start()  # does nothing, or raises RuntimeError if it has stopped
                     time.sleep(1)
+    return True
 
 
 def main() -> int:
     """Runs a command, or the tour. Returns the exit status: 0 done, 1 not done, 2 an error."""
-    args = parse()
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="backslashreplace", line_buffering=True)
+    raw = argparse.RawDescriptionHelpFormatter
+    cli = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
+    cli.add_argument("command", nargs="*", help="as above; AMOUNT is 30 or 30.00")
+    cli.add_argument("--ledger", type=os.path.abspath, default="ledger.db", help="its file")
+    cli.add_argument("--server", action="store_true", help="transfer: use a Resonate server")
+    cli.add_argument("--fail-credit", choices=("late", "lost"), default="", help="simulate that")
+    cli.add_argument("--crash-after", choices=("debit", "credit", "reversal"), help="die then")
+    args = cli.parse_intermixed_args()
+    stdout: Any = sys.stdout
+    stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
         done = execute(args) if args.command else tour()
         return 0 if done else 1
+    except KeyboardInterrupt:
+        return 130
     except Exception as error:
-        line = f"error: {error}"
-        if type(error) is RuntimeError:
-            line = f"error: Resonate has stopped: {error}"
-        if type(error) in (RuntimeError, sqlite3.OperationalError):
-            line += ". If that has passed, run the same command again"
-        with contextlib.suppress(OSError):  # nobody can read it
-            print(printable(line), file=sys.stderr)
+        stopped = "Resonate has stopped, run this again: " if type(error) is RuntimeError else ""
+        print(printable(f"error: {stopped}{error}"), file=sys.stderr)
         return 2
 
 
