@@ -32,9 +32,9 @@ is a void. So balances + amounts in flight = all the money that the accounts ope
       `----- void --------------------------------------> rejected
 
 Resonate (SDK 0.6.7) runs the saga, and remembers the result of each step, in memory or on a server.
-If the process dies, the saga is run again from the top. In memory nobody does that by itself: run
-the same command again, or `recover`. With a server a worker does it, perhaps beside an older run.
-That is safe: a step that runs again, or late, finds its row in the ledger, and moves nothing.
+If the process dies, the saga must start again from the top. In memory nothing restarts it: run the
+same command again, or `recover`. With a server, a worker does it, perhaps while an old run still
+goes on. That is safe: a step whose op id has a row moves nothing, whether it runs again or late.
 
     main.py                                   a tour of all this
     main.py open ACCOUNT AMOUNT               open an account; the first one makes the ledger
@@ -83,7 +83,7 @@ class Operation(NamedTuple):
 
 
 def operations(transfer_id: str, source: str, target: str, amount: int) -> tuple[Operation, ...]:
-    """The debit, the credit and the reversal of a transfer. Their op ids are always the same."""
+    """The debit, the credit and the reversal of a transfer. The same id has the same op ids."""
     debit = Operation(f"{transfer_id}-debit", transfer_id, "debit", source, -amount, target)
     credit = Operation(f"{transfer_id}-credit", transfer_id, "credit", target, amount, source)
     reversal = Operation(f"{transfer_id}-reversal", transfer_id, "reversal", source, amount, target)
@@ -100,8 +100,8 @@ def transfer_money(
     simulate_credit_failure: str = "",
 ) -> Generator[Any, Any, str]:
     """Moves `amount` cents. Returns how it ended: "committed", "compensated" or "rejected".
-    `yield ctx.run(f, x)` runs the step f(ctx, x), and gives its result here. If the step raises an
-    error, Resonate waits and runs it again, until it succeeds; with Never(), it raises it here."""
+    `yield ctx.run(f, x)` runs the step f(ctx, x), and gives its result here. If it raises an error,
+    Resonate waits and runs it again, until it succeeds; with Never(), the error is raised here."""
     debit, credit, reversal = operations(transfer_id, source, target, amount)
 
     # Step 1: debit the source.
@@ -111,13 +111,13 @@ def transfer_money(
 
     # Step 2: credit the target, once. (To retry is safe, but keeps the money in flight for longer.)
     try:
-        paid = ctx.run(credit_target, credit, fail=simulate_credit_failure)
-        yield paid.options(retry_policy=Never())
+        attempt = ctx.run(credit_target, credit, fail=simulate_credit_failure)
+        yield attempt.options(retry_policy=Never())
     except Exception as error:
         # It may have happened all the same, or happen later. Only a void proves that it never will.
         credited = yield ctx.run(give_up, credit, str(error))
         if not credited:
-            # Step 3: reverse the debit. (As a void, this would lose the money: the ledger refuses.)
+            # Step 3: reverse the debit. A reversal is never a void: it would lose the money.
             yield ctx.run(apply_entry, reversal)
             return "compensated"
     return "committed"
@@ -129,40 +129,41 @@ def apply_entry(ctx: Context, operation: Operation) -> bool:
 
 
 def credit_target(ctx: Context, credit: Operation, *, fail: str) -> None:
-    """Credits the target. If `fail` is "late", it does not (yet); if "lost", it does, but its
-    answer is lost. To the saga, all that goes wrong looks the same: a RuntimeError."""
+    """Credits the target. If `fail` is "late", nothing is credited yet; if "lost", it is, but the
+    answer is lost. The saga sees the same in all that goes wrong: a RuntimeError."""
     try:
         credited = fail != "late" and apply_entry(ctx, credit)
         if fail:
             raise TimeoutError("no answer from the target (simulated)")
         if not credited:
             raise ValueError("the credit is a void")
-    except BaseException as error:  # Resonate cannot carry every exception: some end the process
+    except BaseException as error:  # the SDK cannot encode each exception: some end the process
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def give_up(ctx: Context, operation: Operation, why: str) -> bool:
     """Settles an operation as a void. Returns whether it has happened all the same.
-    If the target is at another bank, that bank must settle the op id: as an entry if
-    `credit_target` asks, as a void if `give_up` asks. It answers with the row that stands. Then
-    settle it here as it is there, on an account of this ledger that stands for the target. Put the
-    ledger's id into that bank's key: another ledger may use the same op id. A bank that cannot
-    promise a void cannot take part."""
+    If the target is at another bank, that bank must do as `settle` does, for `credit_target` and
+    `give_up`: what comes first stands, and is the answer. Copy that here, on an account that stands
+    for the target. That bank's key is this ledger's id and the op id: another ledger may use the
+    same op id. A bank that cannot promise a void cannot take part."""
     return settle(ctx.get_dependency("db"), operation, void=why)
 
 
 # ---- The ledger: what has happened --------------------------------------------------------------
 
 LOG = logging.getLogger("money-transfer")
-# Steps run on several threads, which share one connection. Hold LOCK for each use of it: if not,
-# they lose inserts and read each other's rows (CPython issue 118172).
+LOG.addFilter(lambda record: "Function credit_target(" not in record.getMessage())  # it is handled
+# Steps run on several threads, which share one connection. Hold LOCK for each use of it: without,
+# inserts are lost, and threads read each other's rows (CPython issue 118172).
 LOCK = threading.Lock()
 
 
 def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None) -> bool:
     """Settles an operation, unless it is settled: as an entry or, if `void` is a reason, as a void.
-    An entry that the ledger refuses becomes a void. Returns whether the operation has happened: the
-    same for ever. Raises sqlite3.Error if that is not known (call again), and ValueError."""
+    A debit or credit that the ledger refuses becomes a void. Returns whether the operation has
+    happened: the same for ever. After an sqlite3.Error that is not known: call again. Raises
+    ValueError if it is no operation."""
     insert = "INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)"
     select = "SELECT * FROM operations WHERE op_id = ?"
     if void is not None:
@@ -171,22 +172,22 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
         try:  # with autocommit, a statement is a transaction: row, balance and checks, or nothing
             db.execute(insert, (*operation, void))
         except sqlite3.IntegrityError as refusal:
-            # If another process settles it between these two inserts, the other's row stays.
+            # If another process has settled it since that insert, its row stays.
             db.execute(insert, (*operation, str(refusal)))
         row = db.execute(select, (operation.op_id,)).fetchone()
     if row is None:  # OR IGNORE also ignores what breaks a CHECK
         raise ValueError(f"the ledger cannot hold {operation}")
     *columns, reason = row
-    happened = reason is None and Operation(*columns) == operation
-    why_not = reason or "its op id is used for something else"
-    LOG.info("%s is %s", operation.op_id, "an entry" if happened else f"a void: {why_not}")
-    return happened
+    if Operation(*columns) != operation:
+        LOG.warning("%s will never happen: its op id is already used", operation.op_id)
+        return False
+    LOG.info("%s is %s", operation.op_id, "an entry" if reason is None else f"a void: {reason}")
+    return reason is None
 
 
 def printable(text: str) -> str:
     """The text, with control characters escaped: they could drive a terminal."""
-    escaped = [char if char.isprintable() else ascii(char)[1:-1] for char in text]
-    return "".join(escaped)
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in text)
 
 
 # If you edit this, start a new ledger: `open_ledger` refuses one that was made by another schema.
@@ -224,8 +225,7 @@ BEGIN
     WHERE op_id = NEW.transfer_id || '-debit' AND void IS NULL AND amount = -NEW.amount
       AND CASE NEW.kind WHEN 'credit' THEN (account, counterparty) = (NEW.counterparty, NEW.account)
                         ELSE (account, counterparty) = (NEW.account, NEW.counterparty) END);
-  -- "It reverses a debit only if the credit is a void": a saga that forgets `give_up` gets stuck
-  -- here, but creates no money.
+  -- "It reverses a debit only if the credit is a void": without `give_up`, a saga gets stuck here.
   SELECT RAISE(ABORT, 'the credit is not a void') WHERE NEW.kind = 'reversal' AND NOT EXISTS (
     SELECT 1 FROM operations WHERE op_id = NEW.transfer_id || '-credit' AND void IS NOT NULL);
   SELECT RAISE(ABORT, 'a reversal is never a void')
@@ -239,7 +239,7 @@ CREATE TRIGGER IF NOT EXISTS no_update BEFORE UPDATE ON operations
 BEGIN SELECT RAISE(ABORT, 'operations are final'); END;
 CREATE TRIGGER IF NOT EXISTS no_delete BEFORE DELETE ON operations
 BEGIN SELECT RAISE(ABORT, 'operations are final'); END;
-CREATE VIEW IF NOT EXISTS transfers AS  -- the state of each; debit_id is the one that is indexed
+CREATE VIEW IF NOT EXISTS transfers AS  -- a row for each debit; look it up by debit_id
   SELECT debit.op_id AS debit_id, debit.transfer_id, debit.account AS source,
     debit.counterparty AS target, -debit.amount AS amount,
     CASE WHEN debit.void IS NOT NULL THEN 'rejected'
@@ -261,7 +261,7 @@ def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
     db = sqlite3.connect(path, check_same_thread=False, autocommit=True, uri=True)
     try:
         if not objects(db):
-            # Readers and writers do not block each other. (Busy: another process does the same.)
+            # Readers and writers do not block each other. (If busy, another process is at it.)
             with contextlib.suppress(sqlite3.OperationalError):
                 db.execute("PRAGMA journal_mode = WAL")
             db.executescript(SCHEMA)
@@ -296,7 +296,7 @@ def open_account(db: sqlite3.Connection, account: str, opening: int = 0) -> None
 def check(cents: int, *accounts: str, least: int = 1) -> None:
     """Raises ValueError unless these are a number of cents, and names of accounts."""
     for name in accounts:
-        if type(name) is not str or not name.isprintable() or name.strip() != (name or None):
+        if type(name) is not str or not name.isprintable() or not re.fullmatch(r"\S(.*\S)?", name):
             raise ValueError(f"an account is printable text, no space at its ends, not {name!r}")
     if type(cents) is not int or not least <= cents <= 10**15:  # far below SQLite's 64 bits
         raise ValueError(f"an amount is {least} to 10**15 whole cents, not {cents!r}")
@@ -332,8 +332,7 @@ def lookup(db: sqlite3.Connection, transfer_id: str, *terms: Any) -> dict[str, A
 
 
 def totals(db: sqlite3.Connection) -> tuple[int, int, int, bool]:
-    """The cents in accounts, in flight, and opened; and whether every cent is somewhere."""
-    # One statement sees one moment, whatever others write meanwhile.
+    """Cents in accounts, in flight and opened at one moment; and whether every cent is somewhere."""
     query = """
         SELECT (SELECT coalesce(sum(balance), 0) FROM accounts),
                (SELECT coalesce(sum(amount), 0) FROM transfers WHERE status = 'in flight'),
@@ -370,14 +369,13 @@ def start(db: sqlite3.Connection, *, remote: bool = False, client: bool = False)
     store = mend()
     if remote:
         check_server()
-        # A server sends work to a group. A client is alone in its own, which is sent none.
+        # Runs that nobody goes on with are sent to the workers. A client is in a group of its own.
         workers = f"money-transfer-{ledger_id}"
         group = f"client-{os.urandom(8).hex()}" if client else workers
         resonate = Resonate.remote(group=group).options(target=workers)
     else:
         messages = store.message_source(group="default", id="memory")
-        # Its lease on a run lasts for days: nobody else could take the run over.
-        resonate = Resonate(store=store, message_source=messages, ttl=10**6)
+        resonate = Resonate(store=store, message_source=messages, ttl=10**6)  # leases end in days
     resonate.set_dependency("db", db)
     resonate.register(transfer_money)
     resonate.start()
@@ -407,9 +405,9 @@ def submit(
             handle.result(timeout=2)
         except Exception as error:
             problem = str(error) or "a worker or `recover` finishes it if its client is dead"
-            LOG.warning("still waiting for %s: %s", transfer_id, problem)
-        if handle.done():  # if the ledger (a copy, restored) does not know of that: run it anew
-            promise, pause = os.urandom(16).hex(), 1.0
+            LOG.warning("%s has not ended: %s", transfer_id, problem)
+        if handle.done():  # but the ledger may not know that it has ended (a copy, restored)
+            promise, pause = os.urandom(16).hex(), 1.0  # then the next turn runs it anew
     raise TimeoutError(f"{transfer_id} has not ended in a minute: ask again")
 
 
@@ -425,15 +423,12 @@ def recover(bank: Bank) -> Iterator[dict[str, Any]]:
 
 # ---- What the SDK gets wrong: nothing here is part of the pattern --------------------------------
 
-LOG.addFilter(lambda record: "Function credit_target(" not in record.getMessage())  # it is handled
-
 
 def mend() -> LocalStore:
-    """Mends SDK 0.6.7: it gets slower, and threads end the process. Returns its store in memory."""
+    """Mends SDK 0.6.7: it gets slower, and its threads end the process. Returns a mended store."""
     vars(sdk)["ContextLogger"] = lambda *_: LOG  # it makes a logger for each step, and keeps it
-    delayed: Any = (Function, Retry)
-    for item in delayed:  # it compares two that are due at the same time
-        item.__lt__ = lambda *_: False
+    for item in (Function, Retry):  # its queue compares those that are due at once
+        item.__lt__ = lambda *_: False  # type: ignore[operator]
     store = LocalStore()
     for records in (store.promises, store.tasks):
         share(records, store._cond)
@@ -441,8 +436,8 @@ def mend() -> LocalStore:
 
 
 def share(records: Any, lock: Any) -> None:
-    """Lets threads share the records of a store: each method holds the lock of the store's own
-    thread, which now looks only through what can still change, not through all that it keeps."""
+    """Lets threads share these records of a store: each method holds the lock of the store's own
+    thread, and this looks only through what can still change, not through all that it keeps."""
     transition = records.transition
     unfinished: dict[str, Any] = {}
 
@@ -492,7 +487,7 @@ Finished from the ledger alone | t6 | recover | 0
 """
 
 
-def tour() -> bool:
+def tour() -> None:
     """Runs TOUR and checks it. A line: title, id whose rows are shown, command, exit status."""
     with tempfile.TemporaryDirectory() as folder:
         ledger = f"{folder}/ledger.db"
@@ -505,8 +500,8 @@ def tour() -> bool:
                 print("  (killed)")
             with contextlib.closing(open_ledger(ledger)) as db:
                 adds_up = journal(db, name)
-            assert adds_up and status == int(expected), f"{title}: exit status {status}"
-    return True
+            if status != int(expected) or not adds_up:
+                raise AssertionError(f"{title}: exit status {status}")
 
 
 def journal(db: sqlite3.Connection, only: str = "") -> bool:
@@ -524,15 +519,16 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
     held, moving, opened, adds_up = totals(db)
     read(db, "COMMIT")
     if only and not rows:
-        raise LookupError(f"no transfer {only!r} in this ledger")
+        raise LookupError(f"nothing of {only!r} in this ledger")
     width = max((len(text) for row in rows for text in row[:2]), default=0)
     for name, account, cents, note in rows:
         amount = money(cents).rjust(10)
         line = f"{name}\t{account}\t{amount}  {note}".expandtabs(width + 2)
         print("  " + printable(line.rstrip()))
-    verdict = "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
     print(f"  {money(held)} in accounts + {money(moving)} in flight,", end=" ")
-    print(f"{money(opened)} opened: {verdict}")
+    print(
+        f"{money(opened)} opened:", "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
+    )
     return adds_up
 
 
@@ -543,52 +539,58 @@ def to_cents(text: str) -> int:
     return int(Decimal(text) * 100)
 
 
+def ledger_in(file: str, mode: str) -> contextlib.closing[sqlite3.Connection]:
+    """The ledger in this file. Raises OSError if the file cannot be opened in this mode."""
+    open(file, mode).close()
+    if not os.access(file, os.W_OK):  # SQLite may make no files beside it
+        how = "mode=ro" if os.path.exists(f"{file}-wal") else "immutable=1"
+        file = f"file:{quote(file)}?{how}"
+    return contextlib.closing(open_ledger(file))
+
+
 def execute(args: argparse.Namespace) -> bool:
-    """Runs a command. Returns whether it is done, and all is right."""
-    if args.crash_after:
+    """Runs a command, or the tour. Returns whether it is done, and all is right."""
+    if args.crash_after:  # this process dies when `settle` logs such an operation
         last = f"-{args.crash_after} is "
         LOG.addFilter(lambda record: os._exit(137) if last in record.getMessage() else True)
     match args.command:
-        case ["open", _, _]:
-            mode = "ab"
-        case ["transfer", _, _, _, _] | ["recover"] | ["worker"]:
-            mode = "r+b"
-        case ["journal"] | ["journal", _]:
-            mode = "rb"
-        case _:
-            raise LookupError(f"not a command: {' '.join(args.command)!r}: see --help")
-    open(args.ledger, mode).close()  # an OSError says what is wrong with the file
-    if not os.access(args.ledger, os.W_OK):  # SQLite may make no files beside it, either
-        args.ledger = f"file:{quote(args.ledger)}?immutable=1"
-    with contextlib.closing(open_ledger(args.ledger)) as db:
-        match args.command:
-            case ["open", account, amount]:
-                open_account(db, account, to_cents(amount))
-                print(json.dumps({"account": account, "opening": to_cents(amount)}))
-            case ["transfer", transfer_id, source, target, amount]:
-                request = (transfer_id, source, target, to_cents(amount))
+        case []:
+            tour()
+        case ["open", account, amount]:
+            cents = to_cents(amount)
+            with ledger_in(args.ledger, "ab") as db:
+                open_account(db, account, cents)
+            print(json.dumps({"account": account, "opening": cents}))
+        case ["transfer", transfer_id, source, target, amount]:
+            request = (transfer_id, source, target, to_cents(amount))
+            with ledger_in(args.ledger, "r+b") as db:
                 bank = start(db, remote=args.server, client=True)
                 result = submit(bank, *request, simulate_credit_failure=args.fail_credit)
                 if args.fail_credit == "late" and result["status"] == "compensated":
                     LOG.info("now the credit comes after all, and finds its void")
                     _, credit, _ = operations(*request)
                     settle(db, credit)
-                print(json.dumps(result))
-                return bool(result["status"] == "committed")
-            case ["recover"]:
-                if totals(db)[1] == 0:
-                    LOG.info("nothing is in flight")
+            print(json.dumps(result))
+            return bool(result["status"] == "committed")
+        case ["recover"]:
+            with ledger_in(args.ledger, "r+b") as db:
                 for result in recover(start(db)):
                     print(json.dumps(result))
-                return totals(db)[1] == 0
-            case ["journal"] | ["journal", _]:
-                return journal(db, *args.command[1:])
-            case ["worker"]:
+                _, moving, _, _ = totals(db)
+                LOG.info("in flight now: %s", money(moving))
+                return moving == 0
+        case ["journal", *only] if len(only) < 2:
+            with ledger_in(args.ledger, "rb") as db:
+                return journal(db, *only)
+        case ["worker"]:
+            with ledger_in(args.ledger, "r+b") as db:
                 bank = start(db, remote=True)
                 print(f"worker on {args.ledger}")
                 while True:
                     bank.resonate.start()  # does nothing, or raises RuntimeError if it has stopped
                     time.sleep(1)
+        case words:
+            raise LookupError(f"not a command: {' '.join(words)!r}: see --help")
     return True
 
 
@@ -606,8 +608,7 @@ def main() -> int:
     stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        done = execute(args) if args.command else tour()
-        return 0 if done else 1
+        return 0 if execute(args) else 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:

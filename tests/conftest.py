@@ -29,7 +29,8 @@ def adds_up(db):
         flying[transfer_id] -= amount if kind != "opening" else 0
     assert min(flying.values(), default=0) >= 0, "a transfer pays out more than it took"
     assert min(balances.values(), default=0) >= 0, "a balance is below zero"
-    assert dict(balances) == dict(db.execute("SELECT account, balance FROM accounts"))
+    stored = dict(db.execute("SELECT account, balance FROM accounts"))
+    assert dict(balances) == stored, "a balance is not the sum of its entries"
     return +flying
 
 
@@ -44,7 +45,7 @@ def check(db):
         if kind == "opening":
             assert transfer_id == account and void is None
         elif kind == "debit":
-            assert amount < 0 and (void is not None or known >= {account, counterparty} > {account})
+            assert amount < 0 and (void is not None or known >= {account, counterparty})
         elif kind == "credit":
             assert debit[2:] == [counterparty, -amount, account, None]
         else:
@@ -65,9 +66,8 @@ def opened(path=":memory:"):
 def operation(op_id, **changes):
     """An operation of a transfer of 5.00 from alice to bob."""
     transfer_id, _, kind = op_id.rpartition("-")
-    account, counterparty = ("bob", "alice") if kind == "credit" else ("alice", "bob")
-    row = (op_id, transfer_id, kind, account, -500 if kind == "debit" else 500, counterparty)
-    return main.Operation(*row)._replace(**changes)
+    three = main.operations(transfer_id, "alice", "bob", 500)
+    return {operation.kind: operation for operation in three}[kind]._replace(**changes)
 
 
 @pytest.fixture
@@ -79,7 +79,16 @@ def db(tmp_path):
 
 
 @pytest.fixture
-def bank(db):
+def deaths(monkeypatch):
+    """How often the SDK has ended the process: here it goes on, and the test sees it."""
+    statuses = []
+    monkeypatch.setattr(os, "_exit", statuses.append)
+    yield statuses
+    assert statuses == []
+
+
+@pytest.fixture
+def bank(db, deaths):
     return main.start(db)
 
 
@@ -94,6 +103,12 @@ def cli(tmp_path, monkeypatch):
         return subprocess.run([sys.executable, program, *shlex.split(words)], text=True, **options)
 
     return run
+
+
+def command(words, folder):
+    """Runs a command in this process, in which it may not crash. Returns its exit status."""
+    sys.argv = ["main.py", *shlex.split(words), "--ledger", f"{folder}/ledger.db"]
+    return main.main()
 
 
 def in_a_process(work, *args):
@@ -141,6 +156,14 @@ def kill_everywhere(do, words, again, state_of, folder):
                 known.add(state)
                 queue.append((again, copy))
     return kills
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config):
+    """The tests run on all cores if pytest-xdist is there, and -n does not say otherwise."""
+    is_worker = hasattr(config, "workerinput")
+    if getattr(config.option, "numprocesses", 0) is None and not is_worker:
+        config.option.numprocesses, config.option.dist = os.cpu_count(), "worksteal"
 
 
 def pytest_terminal_summary(terminalreporter):
