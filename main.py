@@ -166,8 +166,7 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
     ValueError if it is no operation."""
     insert = "INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)"
     select = "SELECT * FROM operations WHERE op_id = ?"
-    if void is not None:
-        void = printable(void.strip()[:300])
+    void = void and printable(void.strip()[:300])
     with LOCK:
         try:  # with autocommit, a statement is a transaction: row, balance and checks, or nothing
             db.execute(insert, (*operation, void))
@@ -181,7 +180,8 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
     if Operation(*columns) != operation:
         LOG.warning("%s will never happen: its op id is already used", operation.op_id)
         return False
-    LOG.info("%s is %s", operation.op_id, "an entry" if reason is None else f"a void: {reason}")
+    outcome = "an entry" if reason is None else printable(f"a void: {reason}")
+    LOG.info("%s is %s", operation.op_id, outcome)
     return reason is None
 
 
@@ -332,10 +332,11 @@ def lookup(db: sqlite3.Connection, transfer_id: str, *terms: Any) -> dict[str, A
 
 
 def totals(db: sqlite3.Connection) -> tuple[int, int, int, bool]:
-    """Cents in accounts, in flight and opened at one moment; and whether every cent is somewhere."""
+    """Cents in accounts, in flight and opened at one moment; whether every cent is somewhere."""
     query = """
         SELECT (SELECT coalesce(sum(balance), 0) FROM accounts),
-               (SELECT coalesce(sum(amount), 0) FROM transfers WHERE status = 'in flight'),
+               (SELECT coalesce(-sum(operations.amount), 0) FROM operations JOIN transfers
+                  USING (transfer_id) WHERE status = 'in flight' AND void IS NULL),
                (SELECT coalesce(sum(amount), 0) FROM operations WHERE kind = 'opening'),
                EXISTS (SELECT account, balance FROM accounts EXCEPT SELECT account, sum(amount)
                        FROM operations WHERE void IS NULL GROUP BY account)
@@ -567,9 +568,8 @@ def execute(args: argparse.Namespace) -> bool:
                 bank = start(db, remote=args.server, client=True)
                 result = submit(bank, *request, simulate_credit_failure=args.fail_credit)
                 if args.fail_credit == "late" and result["status"] == "compensated":
-                    LOG.info("now the credit comes after all, and finds its void")
-                    _, credit, _ = operations(*request)
-                    settle(db, credit)
+                    _, credit, *_ = operations(*request)
+                    settle(db, credit)  # it comes after all, and finds its void
             print(json.dumps(result))
             return bool(result["status"] == "committed")
         case ["recover"]:
@@ -603,12 +603,11 @@ def main() -> int:
     cli.add_argument("--server", action="store_true", help="transfer: use a Resonate server")
     cli.add_argument("--fail-credit", choices=("late", "lost"), default="", help="simulate that")
     cli.add_argument("--crash-after", choices=("debit", "credit", "reversal"), help="die then")
-    args = cli.parse_intermixed_args()
     stdout: Any = sys.stdout
     stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
-        return 0 if execute(args) else 1
+        return 0 if execute(cli.parse_intermixed_args()) else 1
     except KeyboardInterrupt:
         return 130
     except Exception as error:

@@ -17,7 +17,7 @@ from functools import cache
 from types import SimpleNamespace
 
 import pytest
-from conftest import MAIN, adds_up, opened, operation
+from conftest import MAIN, adds_up, opened
 
 import main
 
@@ -187,7 +187,7 @@ def test_without_the_guard_of_the_ledger_only_the_void_holds_the_money():
 
 @pytest.mark.parametrize("settled", ["entry", "void"])
 def test_a_ledger_that_pays_a_credit_that_has_settled_is_convicted_in_four_steps(
-    settled, monkeypatch
+    settled, monkeypatch, request
 ):
     settle = main.settle
 
@@ -198,8 +198,9 @@ def test_a_ledger_that_pays_a_credit_that_has_settled_is_convicted_in_four_steps
             db.execute(pay, (operation.amount, operation.account))
         return settle(db, operation, void)
 
-    on.cache_clear()
     monkeypatch.setattr(main, "settle", pay_again)
+    for forget in (on.cache_clear, alone.cache_clear):
+        forget()
+        request.addfinalizer(forget)
     _, story = search()
-    on.cache_clear()
     assert "a balance is not the sum of its entries" in story[-1] and len(story) <= 5
