@@ -2,13 +2,16 @@
 
 import multiprocessing
 import os
+import random
 import shlex
 import shutil
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from collections import Counter
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import count
 from pathlib import Path
 from signal import SIGKILL, alarm, raise_signal
@@ -156,6 +159,62 @@ def kill_everywhere(do, words, again, state_of, folder):
                 known.add(state)
                 queue.append((again, copy))
     return kills
+
+
+def answers(port):
+    with socket.socket() as client:
+        return client.connect_ex(("127.0.0.1", port)) == 0
+
+
+SOME = random.sample(range(10000, 30000), 9)  # below those that the kernel gives to connections
+API, POLL, METRICS, NOBODY = [port for port in SOME if not answers(port)][:4]
+SERVE = f"""serve --api-http-addr 127.0.0.1:{API} --aio-poll-addr 127.0.0.1:{POLL} --metrics-addr
+    127.0.0.1:{METRICS} --api-grpc-enable=false --aio-poll-ttr 1s --aio-poll-ttc 3s"""
+
+
+class Stage(ExitStack):
+    """A server, and what uses it. All of it ends with the test."""
+
+    server = None
+
+    def start(self, words, *program):
+        command = [*(program or [sys.executable, MAIN]), *words.split()]
+        process = self.enter_context(subprocess.Popen(command, stdout=-1, stderr=-1, text=True))
+        self.callback(process.kill)
+        return process
+
+    def serve(self, options=""):
+        """Starts the server. If it runs, it is killed, and finds its data again."""
+        if self.server:
+            self.server.kill()
+            self.server.wait()
+        self.server = self.start(f"{SERVE} {options}", "resonate")
+        while not all(map(answers, (API, POLL, METRICS))):
+            assert self.server.poll() is None
+            time.sleep(0.05)
+
+    def leave(self, transfer_id):
+        """Leaves a transfer to workers. Returns what gives its result."""
+        name = f"{self.bank.ledger_id}-{transfer_id}"
+        return self.bank.resonate.begin_rpc(
+            name, "transfer_money", transfer_id, "alice", "bob", 100
+        )
+
+
+@pytest.fixture
+def stage(db, tmp_path, monkeypatch):
+    if (version := subprocess.getoutput("resonate --version")) != "resonate version 0.8.2":
+        pytest.skip(f"needs resonate 0.8.2 on PATH: {version}")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(os, "_exit", pytest.fail)  # or else the SDK would end all tests
+    ports = {"HOST": "http://127.0.0.1", "PORT_STORE": API, "PORT_MESSAGE_SOURCE": POLL}
+    for name, value in ports.items():
+        monkeypatch.setenv(f"RESONATE_{name}", str(value))
+    with Stage() as stage:
+        stage.serve()
+        stage.bank = main.start(db, remote=True, client=True)
+        yield stage
+        stage.bank.resonate.stop()
 
 
 @pytest.hookimpl(tryfirst=True)

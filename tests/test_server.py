@@ -1,74 +1,17 @@
 """With a real Resonate server: who finishes what, whatever is killed, frozen, lost or missing."""
 
 import os
-import random
-import socket
 import sys
-import time
-from contextlib import ExitStack, closing
+from contextlib import closing
 from signal import SIGCONT, SIGINT, SIGSTOP
-from subprocess import PIPE, Popen, getoutput
 
 import pytest
-from conftest import MAIN, check, opened
+from conftest import MAIN, METRICS, NOBODY, check, opened
 
 import main
 
-
-def answers(port):
-    with socket.socket() as client:
-        return client.connect_ex(("127.0.0.1", port)) == 0
-
-
-SOME = random.sample(range(10000, 30000), 9)  # below those that the kernel gives to connections
-API, POLL, METRICS, NOBODY = [port for port in SOME if not answers(port)][:4]
-SERVE = f"""serve --api-http-addr 127.0.0.1:{API} --aio-poll-addr 127.0.0.1:{POLL} --metrics-addr
-    127.0.0.1:{METRICS} --api-grpc-enable=false --aio-poll-ttr 1s --aio-poll-ttc 3s"""
 TRANSFER = "transfer t1 alice bob 1 --server"
 TERMS = ("alice", "bob", 100)
-
-
-class Stage(ExitStack):
-    """A server, and what uses it. All of it ends with the test."""
-
-    server = None
-
-    def start(self, words, *program):
-        command = [*(program or [sys.executable, MAIN]), *words.split()]
-        process = self.enter_context(Popen(command, stdout=PIPE, stderr=PIPE, text=True))
-        self.callback(process.kill)
-        return process
-
-    def serve(self, options=""):
-        """Starts the server. If it runs, it is killed, and finds its data again."""
-        if self.server:
-            self.server.kill()
-            self.server.wait()
-        self.server = self.start(f"{SERVE} {options}", "resonate")
-        while not all(map(answers, (API, POLL, METRICS))):
-            assert self.server.poll() is None
-            time.sleep(0.05)
-
-    def leave(self, transfer_id):
-        """Leaves a transfer to workers. Returns what gives its result."""
-        name = f"{self.bank.ledger_id}-{transfer_id}"
-        return self.bank.resonate.begin_rpc(name, "transfer_money", transfer_id, *TERMS)
-
-
-@pytest.fixture
-def stage(db, tmp_path, monkeypatch):
-    if (version := getoutput("resonate --version")) != "resonate version 0.8.2":
-        pytest.skip(f"needs resonate 0.8.2 on PATH: {version}")
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(os, "_exit", pytest.fail)  # or else the SDK would end all tests
-    ports = {"HOST": "http://127.0.0.1", "PORT_STORE": API, "PORT_MESSAGE_SOURCE": POLL}
-    for name, value in ports.items():
-        monkeypatch.setenv(f"RESONATE_{name}", str(value))
-    with Stage() as stage:
-        stage.serve()
-        stage.bank = main.start(db, remote=True, client=True)
-        yield stage
-        stage.bank.resonate.stop()
 
 
 def test_what_the_killed_have_left_is_finished_by_two_other_workers(stage):

@@ -1,0 +1,265 @@
+"""The ledger in PostgreSQL, under main.py as it is: for workers on several machines. The first part
+is to copy. The rest tries it on a server of its own, which it starts, crashes and stops."""
+
+import glob
+import json
+import os
+import re
+import shutil
+import sqlite3
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, nullcontext, suppress
+
+import psycopg
+import pytest
+from conftest import check, opened
+from psycopg.types.numeric import IntLoader
+from test_ledger import HOSTILE, settle_states
+
+import main
+
+# ---- Copy from here: the schema, a connection, open_ledger ---------------------------------------
+
+SCHEMA = """
+CREATE TABLE operations (
+  op_id text PRIMARY KEY, transfer_id text NOT NULL, kind text NOT NULL, account text NOT NULL,
+  amount bigint NOT NULL, counterparty text NOT NULL, void text,
+  CHECK (op_id = transfer_id || '-' || kind),
+  CHECK (CASE kind WHEN 'opening' THEN transfer_id = account AND void IS NULL
+                   WHEN 'debit' THEN amount < 0
+                   ELSE kind IN ('credit', 'reversal') END));
+CREATE TABLE accounts (account text PRIMARY KEY, balance bigint NOT NULL);
+CREATE FUNCTION refuse_if(bad boolean, why text) RETURNS void LANGUAGE plpgsql AS
+  $$ BEGIN IF bad THEN RAISE integrity_constraint_violation USING MESSAGE = why; END IF; END $$;
+-- A statement locks its op id first, then one account: so no two of them wait for each other.
+CREATE FUNCTION entry_moves_balance() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  INSERT INTO accounts SELECT NEW.account, 0 WHERE NEW.kind = 'opening';
+  UPDATE accounts SET balance = balance + NEW.amount WHERE account = NEW.account;
+  PERFORM refuse_if(balance < 0, 'insufficient funds') FROM accounts WHERE account = NEW.account;
+  PERFORM refuse_if(NEW.account NOT IN (SELECT account FROM accounts) OR NEW.kind = 'debit'
+    AND NEW.counterparty NOT IN (SELECT account FROM accounts), 'unknown account');
+  RETURN NULL; END $$;
+CREATE TRIGGER entry_moves_balance AFTER INSERT ON operations FOR EACH ROW
+  WHEN (NEW.void IS NULL) EXECUTE FUNCTION entry_moves_balance();
+-- It sees only what is committed, and that stays: a void that it has seen is never an entry.
+CREATE FUNCTION rule() RETURNS trigger LANGUAGE plpgsql AS $$ BEGIN
+  PERFORM refuse_if(NOT EXISTS (SELECT FROM operations
+    WHERE op_id = NEW.transfer_id || '-debit' AND void IS NULL AND amount = -NEW.amount
+      AND CASE NEW.kind WHEN 'credit' THEN (account, counterparty) = (NEW.counterparty, NEW.account)
+                        ELSE (account, counterparty) = (NEW.account, NEW.counterparty) END),
+    'no such debit');
+  PERFORM refuse_if(NEW.kind = 'reversal' AND NOT EXISTS (SELECT FROM operations
+    WHERE op_id = NEW.transfer_id || '-credit' AND void IS NOT NULL), 'the credit is not a void');
+  PERFORM refuse_if(NEW.kind = 'reversal' AND NEW.void IS NOT NULL, 'a reversal is never a void');
+  RETURN NULL; END $$;
+CREATE TRIGGER rule AFTER INSERT ON operations FOR EACH ROW
+  WHEN (NEW.kind IN ('credit', 'reversal')) EXECUTE FUNCTION rule();
+CREATE FUNCTION refuse() RETURNS trigger LANGUAGE plpgsql AS
+  $$ BEGIN PERFORM refuse_if(true, 'operations are final'); END $$;
+CREATE TRIGGER final BEFORE UPDATE OR DELETE OR TRUNCATE ON operations EXECUTE FUNCTION refuse();
+CREATE TABLE ledger AS SELECT md5(random()::text) AS id;
+"""
+SCHEMA += re.search("CREATE VIEW.*?'debit';", main.SCHEMA, re.DOTALL)[0].replace(
+    "IF NOT EXISTS", ""
+)
+# `settle` must see the row that another has committed meanwhile; an answer must survive a crash.
+SETTINGS = {"default_transaction_isolation": "read committed", "synchronous_commit": "on"}
+
+
+class Postgres:
+    """What main.py needs of a connection. It connects again after a loss."""
+
+    autocommit, in_transaction, connection = True, False, None
+
+    def __init__(self, url):
+        self.url = url
+
+    def execute(self, sql, parameters=()):
+        if sql.startswith("INSERT OR IGNORE"):
+            sql = sql.replace(" OR IGNORE", "") + " ON CONFLICT DO NOTHING"
+        try:
+            if self.connection is None or self.connection.closed:
+                self.connection = psycopg.connect(self.url, autocommit=True)
+                self.connection.adapters.register_loader("numeric", IntLoader)  # a sum of cents
+                for name in SETTINGS.items():
+                    self.connection.execute("SELECT set_config(%s, %s, false)", name)
+            return self.connection.execute(sql.replace("?", "%s"), parameters)
+        except psycopg.IntegrityError as error:
+            raise sqlite3.IntegrityError(error.diag.message_primary) from error
+        except (psycopg.OperationalError, psycopg.InternalError) as error:
+            raise sqlite3.OperationalError(str(error)) from error
+
+    def close(self):
+        if self.connection:
+            self.connection.close()
+
+
+def open_ledger(url):
+    """The ledger at this URL, made if there is none. Raises sqlite3.OperationalError."""
+    db = Postgres(url)
+    db.execute("SELECT 1")
+    with db.connection.transaction():
+        db.execute("SELECT pg_advisory_xact_lock(20061)")  # others may do the same
+        if db.execute("SELECT to_regclass('ledger')").fetchone() == (None,):
+            db.execute(SCHEMA)
+    return db
+
+
+# ---- To here. What follows tries it --------------------------------------------------------------
+
+PATHS = [os.environ["PATH"], *sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)]
+PG_CTL = shutil.which("pg_ctl", path=os.pathsep.join(PATHS))
+USER = {"user": "nobody", "extra_groups": []} if os.getuid() == 0 else {}  # it refuses root
+
+
+def pg_ctl(folder, *words):
+    command = [PG_CTL, "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", *words]
+    subprocess.run(command, check=True, cwd="/", stdout=subprocess.DEVNULL, **USER)
+
+
+@pytest.fixture(scope="module")
+def folder():
+    """That of a server, on a socket in it."""
+    if not PG_CTL:
+        pytest.skip("needs PostgreSQL, for example by `apt-get install postgresql`")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        pg_ctl(folder, "init", "-o", "-A trust -U ledger")
+        pg_ctl(folder, "start", "-o", f"-c listen_addresses= -c unix_socket_directories={folder}")
+        yield folder
+        pg_ctl(folder, "stop", "-m", "immediate")
+
+
+@pytest.fixture
+def url(folder):
+    """A database whose settings are not ours. What is in flight in the end is finished."""
+    name = "x" + os.urandom(8).hex()
+    with psycopg.connect(f"host={folder} user=ledger dbname=postgres", autocommit=True) as server:
+        server.execute(f"CREATE DATABASE {name}")
+        server.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+        server.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = serializable")
+    url = f"host={folder} user=ledger dbname={name}"
+    with closing(open_ledger(url)) as db:
+        main.open_account(db, "alice", 10000)
+        main.open_account(db, "bob", 5000)
+    yield url
+    with closing(open_ledger(url)) as db:
+        list(main.recover(main.start(db)))
+        assert check(db) == {} and main.totals(db)[3]
+
+
+def test_it_accepts_the_same_hostile_rows_as_the_ledger_in_sqlite_and_is_as_final(url):
+    insert = "INSERT INTO operations VALUES (%s, %s, %s, %s, %s, %s, %s) ON CONFLICT DO NOTHING"
+    accepted, accepted_by_sqlite = set(), set()
+    with closing(open_ledger(url)) as db, closing(opened()) as lite:
+        for ledger in (db, lite):
+            settle_states(ledger, "tuvw")
+        for _, name, kind, *rest in HOSTILE[: len(HOSTILE) // 3]:  # each row comes with three verbs
+            row = (f"{name}-{kind}", name, kind, *rest)
+            with suppress(psycopg.IntegrityError), db.connection.transaction(force_rollback=True):
+                accepted |= {row} if db.connection.execute(insert, row).rowcount else set()
+            lite.execute("BEGIN")
+            with suppress(sqlite3.IntegrityError):
+                changed = lite.execute("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)", row)
+                accepted_by_sqlite |= {row} if changed.rowcount > 0 else set()
+            lite.execute("ROLLBACK")
+        assert accepted == accepted_by_sqlite and len(accepted) > 20
+        for change in (
+            "UPDATE operations SET void = 1",
+            "DELETE FROM operations",
+            "TRUNCATE operations",
+        ):
+            with pytest.raises(sqlite3.IntegrityError, match="operations are final"):
+                db.execute(change)
+        shown = [db.execute(f"SHOW {name}").fetchone()[0] for name in SETTINGS]
+        assert shown == list(SETTINGS.values())
+
+
+def test_two_that_settle_at_the_same_moment_agree(url, monkeypatch):
+    """As an entry and as a void; and two debits of the last money, of which one is refused."""
+    monkeypatch.setattr(main, "LOCK", nullcontext())  # as if each thread were a process
+    barrier = threading.Barrier(2)
+
+    def settle(*args):
+        barrier.wait()
+        return main.settle(*args)
+
+    with (
+        ThreadPoolExecutor(2) as pool,
+        closing(open_ledger(url)) as one,
+        closing(Postgres(url)) as two,
+    ):
+        for number in range(100):
+            debit, credit, _ = main.operations(f"t{number}", "alice", "bob", 1)
+            main.settle(one, debit)
+            ends = list(pool.map(settle, (one, two), (credit, credit), (None, "gone")))
+            assert ends in ([True, True], [False, False])
+            main.open_account(one, f"a{number}", 60)
+            debits = [main.operations(f"{x}{number}", f"a{number}", "bob", 60)[0] for x in "uv"]
+            assert sorted(pool.map(settle, (one, two), debits)) == [False, True]
+
+
+def submit_all(url, file):
+    """What a client does: it asks again until the database answers, and writes down the answer."""
+    with closing(Postgres(url)) as db, ThreadPoolExecutor(8) as pool, open(file, "a") as answers:
+        bank = main.start(db)
+
+        def submit(number):
+            fault = {"simulate_credit_failure": ("", "late", "lost")[number % 3]}
+            answer = main.submit(bank, str(number), "alice", "bob", 9, **fault)
+            print(json.dumps(answer), file=answers, flush=True)
+
+        list(pool.map(submit, range(150)))
+
+
+PROGRAM = f"""import contextlib, os, sys; sys.path[:0] = {sys.path!r}
+import main, resonate.retry_policies, test_postgres as this; url = "URL"
+resonate.retry_policies.Exponential.next = lambda *_: 0.05
+main.ledger_in = lambda *_: contextlib.closing(this.open_ledger(url))
+os._exit(main.main() if sys.argv[1] != "submit_all" else this.submit_all(url, sys.argv[2]) or 0)"""
+
+
+@pytest.fixture
+def program(url, tmp_path):
+    """main.py with this ledger in the place of a file."""
+    (tmp_path / "program.py").write_text(PROGRAM.replace("URL", url))
+    return [sys.executable, tmp_path / "program.py"]
+
+
+def test_what_was_answered_is_there_whatever_is_killed(
+    url, folder, program, tmp_path, record_property
+):
+    """One client of eight threads after another is killed, and the database, too. Another client
+    does the same transfers meanwhile, and is started again if the database ends it."""
+    file, kills = tmp_path / "answers", 0
+    file.touch()
+    while file.read_text().count("\n") < 400:
+        before = file.read_text().count("\n")
+        clients = [subprocess.Popen([*program, "submit_all", file]) for _ in range(2)]
+        while clients[0].poll() is None and file.read_text().count("\n") < before + 50:
+            time.sleep(0.01)
+        if kills % 3 == 2:
+            pg_ctl(folder, "restart", "-m", "immediate")
+        for client in clients:
+            client.kill()
+            client.wait()
+        kills += 2
+    with closing(open_ledger(url)) as db:
+        for answer in map(json.loads, file.read_text().splitlines()):
+            assert answer == main.lookup(db, answer["transfer_id"])
+    record_property("SIGKILLs of clients of PostgreSQL: 0 lost or created", kills)
+
+
+def test_a_worker_on_another_machine_finishes_what_a_killed_client_left(url, program, stage):
+    """It shares nothing with the client but the two servers."""
+    transfer = "transfer t1 alice bob 1 --server --crash-after debit"
+    assert stage.start(transfer, *program).wait() == 137
+    stage.start("worker", *program)
+    with closing(Postgres(url)) as db:
+        while main.lookup(db, "t1")["status"] != "committed":
+            time.sleep(0.05)
