@@ -34,6 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import test_postgres
 from resonate import Resonate
 from resonate.errors import ResonateShutdownError
 from resonate.retry_policies import Never
@@ -49,8 +50,8 @@ AT_ONCE = {1: "one at a time", 16: "16 at once"}  # by the number of threads
 # the other returns the cents that bob has.
 
 
-def ours(path):
-    db = main.open_ledger(path)
+def ours(path, open_ledger=main.open_ledger):
+    db = open_ledger(path)
     main.open_account(db, "alice", 10**12)
     main.open_account(db, "bob")
     bank = main.start(db)
@@ -102,7 +103,10 @@ def measure(saga, folder, threads, sizes):
     """Makes so many transfers, then so many more, and so on; without a folder, in memory. Returns
     for each size the transfers per second, and the memory of this process after them."""
     path = f"{folder}/{uuid.uuid4().hex}" if folder else ":memory:"
-    transfer, bobs_cents = {"ours": ours, "published": published}[saga](path)
+    if saga == "postgres":
+        transfer, bobs_cents = ours(folder, test_postgres.open_ledger)
+    else:
+        transfer, bobs_cents = {"ours": ours, "published": published}[saga](path)
     figures = [(speed(transfer, threads, size), resident()) for size in sizes]
     assert bobs_cents() == sum(sizes), "the ledger does not have each transfer once"
     return figures
@@ -192,20 +196,31 @@ def long_run(folder, threads, size):
     row(f"{title}: memory, KiB a transfer", f"{(large - small) / (9 * size):.1f}")
 
 
+def on_postgres(rounds, sizes):
+    """Prints the rows of our saga on PostgreSQL, on a server of its own."""
+    with contextlib.contextmanager(test_postgres.server)() as server:
+        for threads in AT_ONCE:
+            title = f"on PostgreSQL, {AT_ONCE[threads]}"
+            speeds = []
+            for number in range(rounds):
+                progress(f"{title}: round {number + 1} of {rounds}")
+                url = test_postgres.new_database(server)
+                speeds.append(measured("postgres", url, threads, sizes)[-1][0])
+            row(f"{title}, transfers/s", f"{statistics.median(speeds):,.0f}")
+
+
 def command(folder, rounds):
     """Prints the row of a transfer from the shell."""
     ledger = f"{folder}/command"
     with contextlib.closing(main.open_ledger(ledger)) as db:
         main.open_account(db, "alice", 10000)
         main.open_account(db, "bob")
-    transfers, imports = [], []
+    transfers = []
     for number in range(rounds):
         progress(f"a command: round {number + 1} of {rounds}")
         request = ["transfer", f"t{number}", "alice", "bob", "0.01", "--ledger", ledger]
         transfers.append(milliseconds(main.__file__, *request))
-        imports.append(milliseconds("-c", "import resonate"))
-    least = f"{statistics.median(imports):,.0f} for `import resonate` alone"
-    row("`python main.py transfer ...`, ms", f"{statistics.median(transfers):,.0f}", least)
+    row("`python main.py transfer ...`, ms", f"{statistics.median(transfers):,.0f}")
 
 
 def milliseconds(*words):
@@ -235,11 +250,13 @@ def run():
         signal.signal(number, lambda number, _: sys.exit(128 + number))
     rounds, sizes, tenth = (1, [20, 50], 100) if args.quick else (5, [50, 300], 1000)
     with tempfile.TemporaryDirectory() as folder:
-        row("", "ours", "published", "ours / published")
+        row("", "ours", "published", "median of the rounds' ours / published")
         print("|---|---|---|---|", flush=True)
         for where, files in (("in memory", None), ("in a file", folder)):
             for threads in AT_ONCE:
                 comparison(where, files, threads, rounds, sizes)
+        if test_postgres.PG_CTL:
+            on_postgres(rounds, sizes)
         for threads in AT_ONCE:
             long_run(folder, threads, tenth)
         command(folder, rounds)

@@ -122,9 +122,8 @@ def pg_ctl(folder, *words):
     subprocess.run(command, check=True, cwd="/", stdout=subprocess.DEVNULL, **USER)
 
 
-@pytest.fixture(scope="module")
-def folder():
-    """That of a server, on a socket in it."""
+def server():
+    """A server, on a socket in a folder of its own."""
     if not PG_CTL:
         pytest.skip("needs PostgreSQL, for example by `apt-get install postgresql`")
     with tempfile.TemporaryDirectory() as folder:
@@ -135,16 +134,23 @@ def folder():
         pg_ctl(folder, "stop", "-m", "immediate")
 
 
+folder = pytest.fixture(server, scope="module")
+
+
+def new_database(folder):
+    """A database whose settings are not ours."""
+    name = "x" + os.urandom(8).hex()
+    with psycopg.connect(f"host={folder} user=ledger dbname=postgres", autocommit=True) as db:
+        db.execute(f"CREATE DATABASE {name}")
+        db.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+        db.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = serializable")
+    return f"host={folder} user=ledger dbname={name}"
+
+
 @pytest.fixture
 def url(folder):
-    """A database whose settings are not ours. What is in flight in the end is finished."""
-    name = "x" + os.urandom(8).hex()
-    with psycopg.connect(f"host={folder} user=ledger dbname=postgres", autocommit=True) as server:
-        server.execute(f"CREATE DATABASE {name}")
-        server.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
-        server.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = serializable")
-    url = f"host={folder} user=ledger dbname={name}"
-    with closing(open_ledger(url)) as db:
+    """Of a ledger in which alice has 100.00 and bob 50.00. What a test leaves is finished."""
+    with closing(open_ledger(url := new_database(folder))) as db:
         main.open_account(db, "alice", 10000)
         main.open_account(db, "bob", 5000)
     yield url
