@@ -34,6 +34,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import conftest
 import test_postgres
 from resonate import Resonate
 from resonate.errors import ResonateShutdownError
@@ -198,13 +199,13 @@ def long_run(folder, threads, size):
 
 def on_postgres(rounds, sizes):
     """Prints the rows of our saga on PostgreSQL, on a server of its own."""
-    with contextlib.contextmanager(test_postgres.server)() as server:
+    with contextlib.contextmanager(conftest.postgres)() as server:
         for threads in AT_ONCE:
             title = f"on PostgreSQL, {AT_ONCE[threads]}"
             speeds = []
             for number in range(rounds):
                 progress(f"{title}: round {number + 1} of {rounds}")
-                url = test_postgres.new_database(server)
+                url = conftest.new_database(server)
                 speeds.append(measured("postgres", url, threads, sizes)[-1][0])
             row(f"{title}, transfers/s", f"{statistics.median(speeds):,.0f}")
 
@@ -255,7 +256,7 @@ def run():
         for where, files in (("in memory", None), ("in a file", folder)):
             for threads in AT_ONCE:
                 comparison(where, files, threads, rounds, sizes)
-        if test_postgres.PG_CTL:
+        if conftest.PG_CTL:
             on_postgres(rounds, sizes)
         for threads in AT_ONCE:
             long_run(folder, threads, tenth)

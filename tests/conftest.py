@@ -1,5 +1,6 @@
 """What the tests share: ledgers, banks, commands, kills, the oracle, and the closing count."""
 
+import glob
 import multiprocessing
 import os
 import random
@@ -9,6 +10,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from contextlib import ExitStack, closing
@@ -215,6 +217,40 @@ def stage(db, tmp_path, monkeypatch):
         stage.bank = main.start(db, remote=True, client=True)
         yield stage
         stage.bank.resonate.stop()
+
+
+PATHS = [os.environ["PATH"], *sorted(glob.glob("/usr/lib/postgresql/*/bin"), reverse=True)]
+PG_CTL = shutil.which("pg_ctl", path=os.pathsep.join(PATHS))
+USER = {"user": "nobody", "extra_groups": []} if os.getuid() == 0 else {}  # it refuses root
+
+
+def pg_ctl(folder, *words):
+    command = [PG_CTL, "-D", f"{folder}/data", "-w", "-l", f"{folder}/log", *words]
+    subprocess.run(command, check=True, cwd="/", stdout=subprocess.DEVNULL, **USER)
+
+
+def postgres():
+    """A server of PostgreSQL, on a socket in a folder of its own."""
+    if not PG_CTL:
+        pytest.skip("needs PostgreSQL, for example by `apt-get install postgresql`")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        pg_ctl(folder, "init", "-o", "-A trust -U ledger")
+        pg_ctl(folder, "start", "-o", f"-c listen_addresses= -c unix_socket_directories={folder}")
+        yield folder
+        pg_ctl(folder, "stop", "-m", "immediate")
+
+
+def new_database(folder):
+    """A database whose settings are not ours."""
+    import psycopg
+
+    name = "x" + os.urandom(8).hex()
+    with psycopg.connect(f"host={folder} user=ledger dbname=postgres", autocommit=True) as db:
+        db.execute(f"CREATE DATABASE {name}")
+        db.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
+        db.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = serializable")
+    return f"host={folder} user=ledger dbname={name}"
 
 
 @pytest.hookimpl(tryfirst=True)

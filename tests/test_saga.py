@@ -7,7 +7,7 @@ import threading
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, suppress
+from contextlib import suppress
 from itertools import count
 from types import SimpleNamespace
 from unittest.mock import Mock
@@ -123,18 +123,6 @@ def test_a_give_up_that_fails_says_so_and_an_error_of_the_credit_does_not(
     assert "damaged" in caplog.text and "credit_target" not in caplog.text
 
 
-def test_an_error_that_ends_a_step_of_a_copier_is_told(bank, caplog):
-    def broken(ctx):
-        raise ValueError("broken")
-
-    def saga(ctx):
-        yield ctx.run(broken).options(retry_policy=main.Never())
-
-    with pytest.raises(ValueError, match="broken"):
-        bank.resonate.register(saga).run("saga")
-    assert "Function broken(" in caplog.text
-
-
 ODD = {
     "SystemExit: 3": SystemExit(3),
     "OSError: <unlocked": OSError(threading.Lock()),  # cannot be pickled
@@ -154,14 +142,6 @@ def test_whatever_a_credit_raises_its_transfer_is_compensated(bank, monkeypatch,
     result = submit(bank, *T1)
     assert result["status"] == "compensated"
     assert result["error"].startswith(reason) and len(result["error"]) <= 300
-
-
-def test_a_reason_of_a_replaced_credit_that_cannot_be_stored_strands_nothing(bank, monkeypatch):
-    def credit_target(ctx, credit, *, fail):
-        raise RuntimeError("\ud800")
-
-    monkeypatch.setattr(main, "credit_target", credit_target)
-    assert submit(bank, *T1)["error"] == "\\ud800"
 
 
 def test_what_cannot_be_written_is_told_and_is_a_timeout_after_a_minute(
@@ -304,11 +284,3 @@ def test_thousands_at_once_in_threads_and_processes_are_all_told_the_same_truth(
     assert {result["status"] for result in results} == {"committed", "compensated", "rejected"}
     assert all(result == main.lookup(db, result["transfer_id"]) for result in results)
     assert check(db) == {}
-
-
-def test_two_processes_that_want_the_last_money_do_not_both_get_it(db, tmp_path):
-    with closing(main.open_ledger(tmp_path / "ledger.db")) as other:
-        pairs = [(main.start(db), "t1"), (main.start(other), "t2")]
-        with ThreadPoolExecutor(2) as pool:
-            results = pool.map(lambda pair: submit(*pair, "alice", "bob", 6000), pairs)
-    assert sorted(result["status"] for result in results) == ["committed", "rejected"]
