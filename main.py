@@ -161,9 +161,8 @@ LOCK = threading.Lock()
 
 def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None) -> bool:
     """Settles an operation, unless it is settled: as an entry or, if `void` is a reason, as a void.
-    A debit or credit that the ledger refuses becomes a void. Returns whether the operation has
-    happened: the same for ever. After an sqlite3.Error that is not known: call again. Raises
-    ValueError if it is no operation."""
+    A debit or credit that the ledger refuses becomes a void. Returns whether it has happened: the
+    same for ever. After an sqlite3.Error, that is unknown: call again. ValueError: no operation."""
     insert = "INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)"
     select = "SELECT * FROM operations WHERE op_id = ?"
     void = void and printable(void.strip()[:300])
@@ -175,7 +174,7 @@ def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None
             db.execute(insert, (*operation, str(refusal)))
         row = db.execute(select, (operation.op_id,)).fetchone()
     if row is None:  # OR IGNORE also ignores what breaks a CHECK
-        raise ValueError(f"the ledger cannot hold {operation}")
+        raise ValueError(f"no operation: {operation}")
     *columns, reason = row
     if Operation(*columns) != operation:
         LOG.warning("%s will never happen: its op id is already used", operation.op_id)
@@ -261,9 +260,8 @@ def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
     db = sqlite3.connect(path, check_same_thread=False, autocommit=True, uri=True)
     try:
         if not objects(db):
-            # Readers and writers do not block each other. (If busy, another process is at it.)
-            with contextlib.suppress(sqlite3.OperationalError):
-                db.execute("PRAGMA journal_mode = WAL")
+            with contextlib.suppress(sqlite3.OperationalError):  # busy: another process is at it
+                db.execute("PRAGMA journal_mode = WAL")  # who reads and who writes do not wait
             db.executescript(SCHEMA)
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
             model.executescript(SCHEMA)
@@ -387,12 +385,12 @@ def submit(
     bank: Bank, transfer_id: str, source: str, target: str, amount: int, **options: str
 ) -> dict[str, Any]:
     """Runs a transfer of `amount` cents. Returns what the ledger says about it. Raises ValueError,
-    OperationConflict (the id is another transfer's), TimeoutError (ask again), or RuntimeError
-    (Resonate has stopped). The `options` are those of `transfer_money`."""
+    OperationConflict, TimeoutError (ask again), or RuntimeError (Resonate has stopped)."""
     if type(transfer_id) is not str or not re.fullmatch("[A-Za-z0-9_-]{1,64}", transfer_id):
         raise ValueError(f"a transfer id is 1 to 64 of A-Z a-z 0-9 _ -, not {transfer_id!r:.80}")
     check(amount, source, target)
     request = (transfer_id, source, target, amount)
+    transfer_money(Any, *request, **options)  # type: ignore[arg-type]  # a wrong option raises here
     promise = f"{bank.ledger_id}-{transfer_id}"  # calls with the same id share it, and so one run
     pause, deadline = 0.0, time.monotonic() + 60
     while time.monotonic() < deadline:
@@ -515,12 +513,9 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
     """
     balances = "SELECT 'balance', account, balance, '' FROM accounts WHERE ? = ''"
     read(db, "BEGIN")  # until COMMIT, all that is read is of one moment
-    rows = read(db, operations, only)
-    rows += read(db, balances, only)
+    rows = read(db, operations, only) + read(db, balances, only)
     held, moving, opened, adds_up = totals(db)
     read(db, "COMMIT")
-    if only and not rows:
-        raise LookupError(f"nothing of {only!r} in this ledger")
     width = max((len(text) for row in rows for text in row[:2]), default=0)
     for name, account, cents, note in rows:
         amount = money(cents).rjust(10)
@@ -540,13 +535,19 @@ def to_cents(text: str) -> int:
     return int(Decimal(text) * 100)
 
 
-def ledger_in(file: str, mode: str) -> contextlib.closing[sqlite3.Connection]:
+@contextlib.contextmanager
+def ledger_in(file: str, mode: str) -> Iterator[sqlite3.Connection]:
     """The ledger in this file. Raises OSError if the file cannot be opened in this mode."""
     open(file, mode).close()
-    if not os.access(file, os.W_OK):  # SQLite may make no files beside it
+    if mode == "rb":  # only to read: make no file beside it
         how = "mode=ro" if os.path.exists(f"{file}-wal") else "immutable=1"
         file = f"file:{quote(file)}?{how}"
-    return contextlib.closing(open_ledger(file))
+    db = open_ledger(file)
+    try:
+        yield db
+    finally:
+        with LOCK:  # a step may still use it
+            db.close()
 
 
 def execute(args: argparse.Namespace) -> bool:
@@ -576,9 +577,8 @@ def execute(args: argparse.Namespace) -> bool:
             with ledger_in(args.ledger, "r+b") as db:
                 for result in recover(start(db)):
                     print(json.dumps(result))
-                _, moving, _, _ = totals(db)
-                LOG.info("in flight now: %s", money(moving))
-                return moving == 0
+                LOG.info("in flight now: %s", money(totals(db)[1]))
+                return totals(db)[1] == 0
         case ["journal", *only] if len(only) < 2:
             with ledger_in(args.ledger, "rb") as db:
                 return journal(db, *only)
@@ -603,10 +603,10 @@ def main() -> int:
     cli.add_argument("--server", action="store_true", help="transfer: use a Resonate server")
     cli.add_argument("--fail-credit", choices=("late", "lost"), default="", help="simulate that")
     cli.add_argument("--crash-after", choices=("debit", "credit", "reversal"), help="die then")
-    stdout: Any = sys.stdout
-    stdout.reconfigure(errors="backslashreplace", line_buffering=True)
     logging.basicConfig(format="%(message)s", level=logging.INFO)
     try:
+        stdout: Any = sys.stdout
+        stdout.reconfigure(errors="backslashreplace", line_buffering=True)
         return 0 if execute(cli.parse_intermixed_args()) else 1
     except KeyboardInterrupt:
         return 130

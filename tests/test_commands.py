@@ -149,7 +149,7 @@ ERRORS = {
     "open carol 1 --ledger text": "text: file is not a database",
     "open carol x --ledger new": "not an amount: 'x'",
     "open carol": "not a command: 'open carol': see --help",
-    "journal t9": "nothing of 't9' in this ledger",
+    "journal --ledger empty": "empty?immutable=1: attempt to write a readonly database",
     "worker --ledger typo.db": "No such file or directory: '",
     f"{T1} 1 --crash-after lunch": "invalid choice: 'lunch'",
     f"{T1} 1 --led x": "unrecognized arguments: --led",
@@ -161,6 +161,7 @@ def test_bad_input_gets_one_clear_line_and_changes_nothing(cli, tmp_path, words)
     with closing(opened(tmp_path / "ledger.db")) as db:
         main.settle(db, operation("t0-debit", counterparty="\nbob"), void="no")
     (tmp_path / "text").write_text("Dear diary, " * 99)
+    (tmp_path / "empty").touch()
     before = contents(tmp_path)
     run = cli(words)
     assert (run.returncode, run.stdout) == (2, "")

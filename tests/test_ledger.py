@@ -62,7 +62,9 @@ def test_a_row_that_is_none_of_the_law_is_refused(db):
             values = tuple((row | change).values())
             db.execute("INSERT INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)", values)
         malformed = main.Operation(*tuple((row | change).values())[:-1])
-        with pytest.raises((ValueError, sqlite3.IntegrityError), match=r"cannot|constraint"):
+        with pytest.raises(
+            (ValueError, sqlite3.IntegrityError), match=r"no operation|constraint|cannot store"
+        ):
             settle(db, malformed)
     assert db.execute("SELECT count(*) FROM operations").fetchone() == (3,)
 

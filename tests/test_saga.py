@@ -56,6 +56,8 @@ def test_what_is_no_valid_transfer_is_refused_before_anything_is_written(db):
                 submit(no_bank, **terms | {field: value})
     with pytest.raises(ValueError, match="amount"):
         main.open_account(db, "carol", -1)
+    with pytest.raises(TypeError, match="simulate"):
+        submit(no_bank, *T1, simulate_credit="late")
 
 
 def test_ids_and_amounts_at_their_edges_are_accepted(bank):
