@@ -397,7 +397,8 @@ def submit(
         result = lookup(bank.db, *request)
         if result["status"] not in ("unknown", "in flight"):
             return result
-        time.sleep(pause)
+        if pause:
+            time.sleep(pause)
         # It runs here or, if another process has begun it, there. A server may lose it: ask again.
         handle = bank.resonate.begin_run(promise, "transfer_money", *request, **options)
         try:
@@ -518,9 +519,8 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
     read(db, "COMMIT")
     width = max((len(text) for row in rows for text in row[:2]), default=0)
     for name, account, cents, note in rows:
-        amount = money(cents).rjust(10)
-        line = f"{name}\t{account}\t{amount}  {note}".expandtabs(width + 2)
-        print("  " + printable(line.rstrip()))
+        line = f"{name}\t{account}\t{money(cents):>10}  {note}"
+        print("  " + printable(line.expandtabs(width + 2).rstrip()))
     print(f"  {money(held)} in accounts + {money(moving)} in flight,", end=" ")
     print(
         f"{money(opened)} opened:", "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
