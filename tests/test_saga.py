@@ -154,6 +154,7 @@ def test_what_cannot_be_written_is_told_and_is_a_timeout_after_a_minute(
         submit(bank, *T1)
     assert "readonly database" in caplog.text and "t1 has not ended" in caplog.text
     bank.db.execute("PRAGMA query_only = OFF")
+    assert submit(bank, *T1)["status"] == "committed"
 
 
 @pytest.mark.parametrize("end", ["returns", "raises"])
