@@ -266,7 +266,7 @@ def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
             model.executescript(SCHEMA)
             if not objects(model) <= objects(db):
-                raise sqlite3.DatabaseError("its schema is not the SCHEMA of this program")
+                raise sqlite3.DatabaseError("its schema is another than SCHEMA: make a new ledger")
         db.execute("PRAGMA synchronous = FULL")  # a commit survives a loss of power
     except sqlite3.Error as error:
         db.close()
@@ -599,7 +599,7 @@ def main() -> int:
     raw = argparse.RawDescriptionHelpFormatter
     cli = argparse.ArgumentParser(description=__doc__, formatter_class=raw, allow_abbrev=False)
     cli.add_argument("command", nargs="*", help="as above; AMOUNT is 30 or 30.00")
-    cli.add_argument("--ledger", type=os.path.abspath, default="ledger.db", help="its file")
+    cli.add_argument("--ledger", type=os.path.abspath, default="ledger.db", help="else %(default)s")
     cli.add_argument("--server", action="store_true", help="transfer: use a Resonate server")
     cli.add_argument("--fail-credit", choices=("late", "lost"), default="", help="simulate that")
     cli.add_argument("--crash-after", choices=("debit", "credit", "reversal"), help="die then")

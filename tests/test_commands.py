@@ -112,7 +112,7 @@ def test_the_journal_is_of_one_moment(db, tmp_path, capsys):
     assert f"+ {5 + (flying - 1) / 100:.2f} in flight" in total and next(numbers) > 4
 
 
-def test_a_ledger_without_an_account_has_a_journal_and_one_that_may_only_be_read(tmp_path, capsys):
+def test_a_journal_without_an_account_and_of_what_may_only_be_read(tmp_path, capsys):
     main.open_ledger(f"{tmp_path}/ledger.db").close()
     assert command("journal", tmp_path) == 0
     with closing(opened(tmp_path / "ledger.db")):
@@ -124,6 +124,7 @@ def test_a_ledger_without_an_account_has_a_journal_and_one_that_may_only_be_read
     tmp_path.chmod(0o555)
     assert in_a_process(journal_as_nobody, tmp_path) == 0
     assert contents(tmp_path) == before
+    tmp_path.chmod(0o755)
 
 
 def journal_as_nobody(folder):

@@ -146,7 +146,7 @@ def pair(tmp_path, monkeypatch):
         check(ours)
 
 
-def test_if_money_arrives_and_is_debited_between_a_refusal_and_its_void_the_debit_stays(pair):
+def test_an_entry_that_comes_between_a_refusal_and_its_void_stays(pair):
     ours, other = pair
     settle(opened("a.db"), operation("t1-debit"))
     debit = operation("all-debit", amount=-10000)
@@ -168,7 +168,7 @@ def test_a_busy_ledger_is_no_refusal_and_voids_nothing(pair):
     assert settle(ours, operation("t2-debit"))
 
 
-def test_a_ledger_opens_beside_another_process_that_creates_it_and_is_durable(pair):
+def test_a_ledger_opens_beside_another_process_that_creates_it(pair):
     ours, other = pair
     ids = []
 
@@ -219,7 +219,7 @@ OTHER_SCHEMA = {
 def test_a_ledger_of_another_schema_is_refused_and_left_as_it_was(tmp_path, what):
     path = tmp_path / "a.db"
     path.write_bytes(before := rebuilt(OTHER_SCHEMA[what]))
-    with pytest.raises(sqlite3.DatabaseError, match=r"a\.db: its schema is not the SCHEMA"):
+    with pytest.raises(sqlite3.DatabaseError, match=r"a\.db: its schema is another"):
         main.open_ledger(path)
     assert path.read_bytes() == before
 
@@ -232,7 +232,7 @@ def test_an_edited_rule_is_another_schema_and_an_edited_comment_is_not(tmp_path,
     if "comment" in what:
         main.open_ledger(tmp_path / "a.db").close()
     else:
-        with pytest.raises(sqlite3.DatabaseError, match="its schema is not"):
+        with pytest.raises(sqlite3.DatabaseError, match="its schema is another"):
             main.open_ledger(tmp_path / "a.db")
 
 

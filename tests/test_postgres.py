@@ -123,7 +123,7 @@ def url(server):
         assert check(db) == {} and main.totals(db)[3]
 
 
-def test_it_accepts_the_same_hostile_rows_as_the_ledger_in_sqlite_and_is_as_final(url):
+def test_it_accepts_the_same_hostile_rows_as_the_ledger_in_sqlite(url):
     insert = "INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)"
     with closing(open_ledger(url)) as db, closing(opened()) as lite:
         settle_states(db, "tuvw")

@@ -33,7 +33,7 @@ def test_the_output_that_it_shows_is_that_of_a_run_of_main_py_alone(cli, tmp_pat
     assert [path.name for path in tmp_path.rglob("*.db*")] == []
 
 
-def test_without_give_up_the_tour_waits_and_without_the_guard_it_creates_money(cli, tmp_path):
+def test_without_give_up_the_tour_waits_and_unguarded_it_creates_money(cli, tmp_path):
     naive = MAIN.read_text().replace(GIVE_UP, "False")
     (tmp_path / "naive.py").write_text(naive)
     with subprocess.Popen([sys.executable, "naive.py"], stdout=subprocess.PIPE, text=True) as tour:

@@ -239,7 +239,7 @@ def test_the_store_in_memory_looks_only_through_what_can_still_change(bank, monk
     assert max(looked) <= 2
 
 
-def test_a_store_in_memory_does_not_see_a_task_that_its_creator_is_about_to_claim(deaths):
+def test_a_store_in_memory_sees_no_task_that_its_creator_will_claim(deaths):
     store = main.mend()
     source = store.message_source("default", "me")
     sent = []
@@ -264,7 +264,7 @@ def test_a_store_in_memory_does_not_see_a_task_that_its_creator_is_about_to_clai
 # ---- Many at once --------------------------------------------------------------------------------
 
 
-def test_thousands_at_once_in_threads_and_processes_are_all_told_the_same_truth(db, bank, cli):
+def test_thousands_at_once_are_all_told_the_same_truth(db, bank, cli):
     """They do the same, or another thing under the same id, or want what is left of the money."""
     banks = (bank, main.start(db))
     ways = [({}, 40), (LATE, 40), (LOST, 40), ({}, 70)]

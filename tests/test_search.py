@@ -186,7 +186,7 @@ def test_without_the_guard_of_the_ledger_only_the_void_holds_the_money():
 
 
 @pytest.mark.parametrize("settled", ["entry", "void"])
-def test_a_ledger_that_pays_a_credit_that_has_settled_is_convicted_in_four_steps(
+def test_a_ledger_that_pays_a_settled_credit_is_convicted_in_four_steps(
     settled, monkeypatch, request
 ):
     settle = main.settle
