@@ -99,7 +99,7 @@ def failing_test(source):
 
 def run(folder, *tests):
     """The first test that fails, or crashes."""
-    options = ["-xq", "-n2", "--timeout=60", "--dist=load", "--maxschedchunk=1"]
+    options = ["-xq", "-n2", "--timeout=30", "--dist=load", "--maxschedchunk=1"]
     command = [sys.executable, "-m", "pytest", *options, *tests]
     ended = subprocess.run(command, cwd=folder, capture_output=True, text=True)
     failed = re.findall(r"^(?:FAILED|ERROR) (\S+::\S+(?: .*?\])?)", ended.stdout, re.MULTILINE)
