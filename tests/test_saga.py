@@ -241,24 +241,21 @@ def test_the_store_in_memory_looks_only_through_what_can_still_change(bank, monk
 
 def test_a_store_in_memory_sees_no_task_that_its_creator_will_claim(deaths):
     store = main.mend()
-    source = store.message_source("default", "me")
-    sent = []
-    source.enqueue = sent.append
+    sent = threading.Event()
+    store.message_source("default", "me").enqueue = lambda message: sent.set()
     store.start()
     transition = store.tasks.transition
 
-    def look_between(*args, **options):
+    def transition_and_look(*args, **options):
         done = transition(*args, **options)
-        looking = threading.Thread(target=store.notify)
-        looking.start()
-        looking.join(0.2)
+        threading.Thread(target=store.notify).start()
+        sent.wait(0.2)
         return done
 
-    store.tasks.transition = look_between
+    store.tasks.transition = transition_and_look
     tags = {"resonate:invoke": "default"}
     store.promises.create_with_task("p", 2**52, "me", 10**6, ikey="p", tags=tags)
-    store.stop()
-    assert sent == []
+    assert not sent.is_set()
 
 
 # ---- Many at once --------------------------------------------------------------------------------
