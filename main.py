@@ -6,7 +6,7 @@
 
 Money moves between two accounts that no single transaction can change together, as at two banks.
 (Here one SQLite file plays both, but no step changes both accounts.) The usual answer is a saga:
-take the money from the source (debit), pay the target (credit); if this fails, reverse the debit.
+take money from the source (debit), pay the target (credit); if the credit fails, undo the debit.
 
 That saga can create money, because an error does not prove that nothing happened. A credit can fail
 for its caller and yet have happened (its answer was lost), or happen later (it was slow). If the
@@ -33,8 +33,8 @@ is a void. So balances + amounts in flight = all the money that the accounts ope
 
 Resonate (SDK 0.6.7) runs the saga, and remembers the result of each step, in memory or on a server.
 If the process dies, the saga must start again from the top. In memory nothing restarts it: run the
-same command again, or `recover`. With a server, a worker does it, perhaps while an old run still
-goes on. That is safe: a step whose op id has a row moves nothing, whether it runs again or late.
+same command again, or `recover`. With a server, a worker does it once a lease has ended, perhaps
+while the old run still goes on. That is safe: a step whose op id has a row moves nothing.
 
     main.py                                   a tour of all this
     main.py open ACCOUNT AMOUNT               open an account; the first one makes the ledger
@@ -109,7 +109,7 @@ def transfer_money(
     if not debited:
         return "rejected"
 
-    # Step 2: credit the target, once. (To retry is safe, but keeps the money in flight for longer.)
+    # Step 2: try the credit once. (To retry is safe, but keeps the money in flight for longer.)
     try:
         attempt = ctx.run(credit_target, credit, fail=simulate_credit_failure)
         yield attempt.options(retry_policy=Never())
@@ -137,16 +137,16 @@ def credit_target(ctx: Context, credit: Operation, *, fail: str) -> None:
             raise TimeoutError("no answer from the target (simulated)")
         if not credited:
             raise ValueError("the credit is a void")
-    except BaseException as error:  # the SDK cannot encode each exception: some end the process
+    except BaseException as error:  # the SDK cannot encode every one, and some end the process
         raise RuntimeError(f"{type(error).__name__}: {error}") from None
 
 
 def give_up(ctx: Context, operation: Operation, why: str) -> bool:
     """Settles an operation as a void. Returns whether it has happened all the same.
     If the target is at another bank, that bank must do as `settle` does, for `credit_target` and
-    `give_up`: what comes first stands, and is the answer. Copy that here, on an account that stands
-    for the target. That bank's key is this ledger's id and the op id: another ledger may use the
-    same op id. A bank that cannot promise a void cannot take part."""
+    `give_up`: what comes first stands, and is the answer. Book the answer here, too, on an account
+    that stands for the target. That bank must key it by this ledger's id and the op id: another
+    ledger may use the same op id. A bank that cannot promise a void cannot take part."""
     return settle(ctx.get_dependency("db"), operation, void=why)
 
 
@@ -154,15 +154,15 @@ def give_up(ctx: Context, operation: Operation, why: str) -> bool:
 
 LOG = logging.getLogger("money-transfer")
 LOG.addFilter(lambda record: "Function credit_target(" not in record.getMessage())  # it is handled
-# Steps run on several threads, which share one connection. Hold LOCK for each use of it: without,
+# Steps run on several threads, which share one connection. Each use of it holds LOCK: without that,
 # inserts are lost, and threads read each other's rows (CPython issue 118172).
 LOCK = threading.Lock()
 
 
 def settle(db: sqlite3.Connection, operation: Operation, void: str | None = None) -> bool:
     """Settles an operation, unless it is settled: as an entry or, if `void` is a reason, as a void.
-    A debit or credit that the ledger refuses becomes a void. Returns whether it has happened: the
-    same for ever. After an sqlite3.Error, that is unknown: call again. ValueError: no operation."""
+    A debit that the ledger refuses becomes a void. Returns whether the operation has happened: this
+    never changes. After an sqlite3.Error it is unknown: call again. ValueError: no operation."""
     insert = "INSERT OR IGNORE INTO operations VALUES (?, ?, ?, ?, ?, ?, ?)"
     select = "SELECT * FROM operations WHERE op_id = ?"
     void = void and printable(void.strip()[:300])
@@ -260,7 +260,7 @@ def open_ledger(path: str = ":memory:") -> sqlite3.Connection:
     db = sqlite3.connect(path, check_same_thread=False, autocommit=True, uri=True)
     try:
         if not objects(db):
-            with contextlib.suppress(sqlite3.OperationalError):  # busy: another process is at it
+            with contextlib.suppress(sqlite3.OperationalError):  # busy: another process creates it
                 db.execute("PRAGMA journal_mode = WAL")  # who reads and who writes do not wait
             db.executescript(SCHEMA)
         with contextlib.closing(sqlite3.connect(":memory:")) as model:
@@ -333,8 +333,7 @@ def totals(db: sqlite3.Connection) -> tuple[int, int, int, bool]:
     """Cents in accounts, in flight and opened at one moment; whether every cent is somewhere."""
     query = """
         SELECT (SELECT coalesce(sum(balance), 0) FROM accounts),
-               (SELECT coalesce(-sum(operations.amount), 0) FROM operations JOIN transfers
-                  USING (transfer_id) WHERE status = 'in flight' AND void IS NULL),
+               (SELECT coalesce(sum(amount), 0) FROM transfers WHERE status = 'in flight'),
                (SELECT coalesce(sum(amount), 0) FROM operations WHERE kind = 'opening'),
                EXISTS (SELECT account, balance FROM accounts EXCEPT SELECT account, sum(amount)
                        FROM operations WHERE void IS NULL GROUP BY account)
@@ -368,13 +367,15 @@ def start(db: sqlite3.Connection, *, remote: bool = False, client: bool = False)
     store = mend()
     if remote:
         check_server()
-        # Runs that nobody goes on with are sent to the workers. A client is in a group of its own.
+        # The runs of dead clients are sent to the workers. A client is in a group of its own.
         workers = f"money-transfer-{ledger_id}"
         group = f"client-{os.urandom(8).hex()}" if client else workers
         resonate = Resonate.remote(group=group).options(target=workers)
     else:
         messages = store.message_source(group="default", id="memory")
-        resonate = Resonate(store=store, message_source=messages, ttl=10**6)  # leases end in days
+        resonate = Resonate(
+            store=store, message_source=messages, ttl=10**6
+        )  # no lease ends during a run
     resonate.set_dependency("db", db)
     resonate.register(transfer_money)
     resonate.start()
@@ -406,7 +407,7 @@ def submit(
         except Exception as error:
             problem = str(error) or "a worker or `recover` finishes it if its client is dead"
             LOG.warning("%s has not ended: %s", transfer_id, problem)
-        if handle.done():  # but the ledger may not know that it has ended (a copy, restored)
+        if handle.done():  # but the ledger may be a restored copy, and not know that
             promise, pause = os.urandom(16).hex(), 1.0  # then the next turn runs it anew
     raise TimeoutError(f"{transfer_id} has not ended in a minute: ask again")
 
@@ -425,7 +426,7 @@ def recover(bank: Bank) -> Iterator[dict[str, Any]]:
 
 
 def mend() -> LocalStore:
-    """Mends SDK 0.6.7: it gets slower, and its threads end the process. Returns a mended store."""
+    """Mends SDK 0.6.7: it gets slower, and races end the process. Returns a store in memory."""
     vars(sdk)["ContextLogger"] = lambda *_: LOG  # it makes a logger for each step, and keeps it
     for item in (Function, Retry):  # its queue compares those that are due at once
         item.__lt__ = lambda *_: False  # type: ignore[operator]
@@ -437,7 +438,7 @@ def mend() -> LocalStore:
 
 def share(records: Any, lock: Any) -> None:
     """Lets threads share these records of a store: each method holds the lock of the store's own
-    thread, and this looks only through what can still change, not through all that it keeps."""
+    thread, and `scan` returns only what can still change, not all that the store keeps."""
     transition = records.transition
     unfinished: dict[str, Any] = {}
 
@@ -465,9 +466,8 @@ def check_server() -> None:
     try:
         store.tasks.heartbeat(pid="nobody")  # any call will do
     except Exception as error:
-        problem = " ".join(str(error).split())
         hint = "RESONATE_HOST is http://HOST; RESONATE_USERNAME and RESONATE_PASSWORD if it asks"
-        raise ConnectionError(f"no Resonate server at {store.url}: {problem} ({hint})") from error
+        raise ConnectionError(f"no Resonate server at {store.url}: {error} ({hint})") from error
 
 
 # ---- The command line ---------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from collections import Counter
 from contextlib import closing
 from functools import partial
 from itertools import product
+from unittest.mock import MagicMock
 
 import pytest
 from conftest import check, opened, operation
@@ -111,6 +112,8 @@ def test_the_last_cent_can_be_spent_and_no_cent_more(db):
     assert settle(db, operation("t1-debit", amount=-10000))
     assert not settle(db, operation("t2-debit", amount=-1))
     assert main.balance(db, "alice") == 0
+    with pytest.raises(LookupError, match="unknown account 'nobody'"):
+        main.balance(db, "nobody")
 
 
 @pytest.mark.parametrize("name", ["a", "Ann Lee", "a-b", "Jürgen", "x" * 300])
@@ -130,6 +133,20 @@ def test_every_instruction_of_sqlite_runs_under_the_lock(db):
     main.journal(db)
     main.totals(db)
     assert len(locked) > 200 and all(locked)
+
+
+def test_an_account_may_have_the_name_of_a_transfer_in_flight(db):
+    main.open_account(db, "t1", 700)
+    settle(db, operation("t1-debit"))
+    assert main.totals(db) == (15200, 500, 15700, True)
+
+
+def test_a_command_closes_its_ledger_under_the_lock(tmp_path, monkeypatch):
+    """A step may still use it: SQLite would end the process."""
+    monkeypatch.setattr(main, "LOCK", lock := MagicMock())
+    with main.ledger_in(f"{tmp_path}/a.db", "ab"):
+        assert lock.__enter__.call_count == 0
+    assert lock.__enter__.call_count == 1
 
 
 @pytest.fixture
