@@ -258,7 +258,8 @@ def pytest_cmdline_main(config):
     """The tests run on all cores if pytest-xdist is there, and -n does not say otherwise."""
     is_worker = hasattr(config, "workerinput")
     if getattr(config.option, "numprocesses", 0) is None and not is_worker:
-        config.option.numprocesses, config.option.dist = os.cpu_count(), "worksteal"
+        config.option.numprocesses = os.cpu_count() + 1  # some of them only wait
+        config.option.dist = "worksteal"
 
 
 def pytest_terminal_summary(terminalreporter):

@@ -2,8 +2,9 @@
 
 import json
 import os
+import shlex
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from itertools import count
 from signal import SIGINT, alarm
 from subprocess import PIPE, STDOUT, Popen
@@ -158,17 +159,20 @@ ERRORS = {
 
 
 @pytest.mark.parametrize("words", ERRORS)
-def test_bad_input_gets_one_clear_line_and_changes_nothing(cli, tmp_path, words):
+def test_bad_input_gets_one_clear_line_and_changes_nothing(tmp_path, monkeypatch, capsys, words):
     with closing(opened(tmp_path / "ledger.db")) as db:
         main.settle(db, operation("t0-debit", counterparty="\nbob"), void="no")
     (tmp_path / "text").write_text("Dear diary, " * 99)
     (tmp_path / "empty").touch()
     before = contents(tmp_path)
-    run = cli(words)
-    assert (run.returncode, run.stdout) == (2, "")
-    *usage, line = run.stderr.splitlines()
-    assert "error: " in line and ERRORS[words] in line and "Traceback" not in run.stderr
-    assert usage == [] or usage[0].startswith(("usage: ", "bob-opening will never happen"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["main.py", *shlex.split(words)])
+    with suppress(SystemExit):
+        assert main.main() == 2
+    out, error = capsys.readouterr()
+    *usage, line = error.splitlines()
+    assert "error: " in line and ERRORS[words] in line and "Traceback" not in error
+    assert out == "" and (usage == [] or usage[0].startswith("usage: "))
     assert contents(tmp_path) == before
 
 
