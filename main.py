@@ -429,7 +429,7 @@ def mend() -> LocalStore:
     """Mends SDK 0.6.7: it gets slower, and races end the process. Returns a store in memory."""
     vars(sdk)["ContextLogger"] = lambda *_: LOG  # it makes a logger for each step, and keeps it
     for item in (Function, Retry):  # its queue compares those that are due at once
-        item.__lt__ = lambda *_: False  # type: ignore[operator]
+        item.__lt__ = lambda *_: False  # type: ignore[operator]  # they have none yet
     store = LocalStore()
     for records in (store.promises, store.tasks):
         share(records, store._cond)
