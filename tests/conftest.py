@@ -237,8 +237,10 @@ def postgres():
         os.chmod(folder, 0o777)
         pg_ctl(folder, "init", "-o", "-A trust -U ledger")
         pg_ctl(folder, "start", "-o", f"-c listen_addresses= -c unix_socket_directories={folder}")
-        yield folder
-        pg_ctl(folder, "stop", "-m", "immediate")
+        try:
+            yield folder
+        finally:
+            pg_ctl(folder, "stop", "-m", "immediate")
 
 
 def new_database(folder):
@@ -248,6 +250,7 @@ def new_database(folder):
     name = "x" + os.urandom(8).hex()
     with psycopg.connect(f"host={folder} user=ledger dbname=postgres", autocommit=True) as db:
         db.execute(f"CREATE DATABASE {name}")
+        db.execute(f"ALTER DATABASE {name} SET client_encoding = SQL_ASCII")
         db.execute(f"ALTER DATABASE {name} SET synchronous_commit = off")
         db.execute(f"ALTER DATABASE {name} SET default_transaction_isolation = serializable")
     return f"host={folder} user=ledger dbname={name}"
