@@ -6,7 +6,7 @@
 
 Money moves between two accounts that no single transaction can change together, as at two banks.
 (Here one SQLite file plays both, but no step changes both accounts.) The usual answer is a saga:
-take money from the source (debit), pay the target (credit); if the credit fails, undo the debit.
+take money from the source (debit), pay the target (credit); if the credit fails, reverse the debit.
 
 That saga can create money, because an error does not prove that nothing happened. A credit can fail
 for its caller and yet have happened (its answer was lost), or happen later (it was slow). If the
@@ -373,9 +373,7 @@ def start(db: sqlite3.Connection, *, remote: bool = False, client: bool = False)
         resonate = Resonate.remote(group=group).options(target=workers)
     else:
         messages = store.message_source(group="default", id="memory")
-        resonate = Resonate(
-            store=store, message_source=messages, ttl=10**6
-        )  # no lease ends during a run
+        resonate = Resonate(store=store, message_source=messages, ttl=10**6)  # a lease of days
     resonate.set_dependency("db", db)
     resonate.register(transfer_money)
     resonate.start()
@@ -521,10 +519,9 @@ def journal(db: sqlite3.Connection, only: str = "") -> bool:
     for name, account, cents, note in rows:
         line = f"{name}\t{account}\t{money(cents):>10}  {note}"
         print("  " + printable(line.expandtabs(width + 2).rstrip()))
+    verdict = "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
     print(f"  {money(held)} in accounts + {money(moving)} in flight,", end=" ")
-    print(
-        f"{money(opened)} opened:", "every cent is somewhere" if adds_up else "IT DOES NOT ADD UP"
-    )
+    print(f"{money(opened)} opened: {verdict}")
     return adds_up
 
 
@@ -577,8 +574,9 @@ def execute(args: argparse.Namespace) -> bool:
             with ledger_in(args.ledger, "r+b") as db:
                 for result in recover(start(db)):
                     print(json.dumps(result))
-                LOG.info("in flight now: %s", money(totals(db)[1]))
-                return totals(db)[1] == 0
+                _, moving, _, _ = totals(db)
+                LOG.info("in flight now: %s", money(moving))
+                return moving == 0
         case ["journal", *only] if len(only) < 2:
             with ledger_in(args.ledger, "rb") as db:
                 return journal(db, *only)

@@ -158,7 +158,7 @@ def test_what_cannot_be_written_is_told_and_is_a_timeout_after_a_minute(
 
 
 @pytest.mark.parametrize("end", ["returns", "raises"])
-def test_a_run_that_ends_though_the_ledger_does_not_know_is_run_anew(bank, monkeypatch, end):
+def test_a_run_that_ends_though_the_ledger_does_not_know_is_run_anew(bank, end):
     """So it is after a ledger was restored from a copy, and if somebody cancels a promise."""
     promise = f"{bank.ledger_id}-t1"
     bank.resonate.promises.create(promise, 2**52, ikey=promise, tags={})
